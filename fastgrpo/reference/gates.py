@@ -29,12 +29,16 @@ class Tokens(NamedTuple):
         zero = torch.zeros_like(logprob)
         logprob = torch.where(mask, logprob, zero)
         old = torch.where(mask, old, zero) if old.numel() else logprob
-        rollout = torch.where(mask & ~rollout.isnan(), rollout, logprob) if rollout.numel() else logprob
+        rollout = (
+            torch.where(mask & ~rollout.isnan(), rollout, logprob) if rollout.numel() else logprob
+        )
         entropy = torch.where(mask, entropy, zero) if entropy.numel() else zero
         position = torch.arange(logprob.numel(), device=logprob.device, dtype=cu_seqlens.dtype)
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
         advantage = torch.where(mask, advantage, zero)
-        return cls(logprob, advantage, mask, old, rollout, entropy, sequence, cu_seqlens.numel() - 1)
+        return cls(
+            logprob, advantage, mask, old, rollout, entropy, sequence, cu_seqlens.numel() - 1
+        )
 
     def sequence_sum(self, value: Tensor) -> Tensor:
         """Sum over the live tokens of each sequence, given back to each of its tokens."""
@@ -73,7 +77,9 @@ def gate_statistic(tokens: Tokens, stat: int, other: Tensor, d_clamp: Tensor) ->
     return torch.sign(p - q) * (-q * u + not_q * torch.log(not_q / not_p))
 
 
-def gate_closed(tokens: Tokens, code: list[int], low: Tensor, high: Tensor, d_clamp: Tensor) -> Tensor:
+def gate_closed(
+    tokens: Tokens, code: list[int], low: Tensor, high: Tensor, d_clamp: Tensor
+) -> Tensor:
     """Where a gate (stat, between, pool, when, scope) removes the token; bounds are inclusive."""
     stat, between, pool, when, _ = code
     other = tokens.old if between == Between.THETA_OLD else tokens.rollout

@@ -30,17 +30,29 @@ def grpo_loss(
     dlogits: Tensor,  # [N, V] receives the gradient, or [0]: no gradient work
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, token_loss, logprob, entropy, dlogprob, metrics; `dlogits` may be the memory of `logits`."""
-    logprob, entropy, lse = token_logprob_fwd(logits, token_ids, mask, temperature, logit_params, with_entropy)
+    logprob, entropy, lse = token_logprob_fwd(
+        logits, token_ids, mask, temperature, logit_params, with_entropy
+    )
     loss, token_loss, dlogprob, metrics = policy_loss(
         logprob, advantage, mask, weight, old, ref, rollout, log_weight, token_weight, kl_weight,
         entropy, entropy_weight, cu_seqlens, params, spec, surrogate,
     )  # fmt: skip
     if dlogits.numel():
         scale = grad_scale if grad_scale.numel() else 1.0
-        dentropy = -entropy_weight.where(mask, 0.0) * scale if entropy_weight.numel() else entropy_weight
+        dentropy = (
+            -entropy_weight.where(mask, 0.0) * scale if entropy_weight.numel() else entropy_weight
+        )
         dlogits.copy_(
             token_logprob_bwd(
-                logits, token_ids, temperature, logit_params, logprob, entropy, lse, dlogprob * scale, dentropy
+                logits,
+                token_ids,
+                temperature,
+                logit_params,
+                logprob,
+                entropy,
+                lse,
+                dlogprob * scale,
+                dentropy,
             )
         )
     return loss, token_loss, logprob, entropy, dlogprob, metrics

@@ -72,7 +72,9 @@ def _policy_term(
         slope = weight * (a - b * ratio)
     if spec[2] == Surrogate.RATIO:
         gain = torch.where(idle, 0.0, slope)
-        return PolicyTerm(torch.where(idle, 0.0, -advantage * weight), -advantage * gain, zero, gain)
+        return PolicyTerm(
+            torch.where(idle, 0.0, -advantage * weight), -advantage * gain, zero, gain
+        )
     gain = torch.where(idle, 0.0, weight)
     value = torch.where(idle, 0.0, -advantage * weight * tokens.logprob)
     return PolicyTerm(value, zero, -advantage * gain, gain)
@@ -132,7 +134,9 @@ def policy_loss(
     params: Tensor,  # [NUM_PARAMS]
     spec: list[int],
     surrogate: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss [], token_loss [N], dlogprob [N], metrics [NUM_METRICS, 4]
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor
+]:  # loss [], token_loss [N], dlogprob [N], metrics [NUM_METRICS, 4]
     """Loss, d loss / d logprob (pooling and weights included) and metric sums, in one call."""
     p = dict(zip(PARAMS, params, strict=False))
     tokens = Tokens.select(logprob, advantage, mask, old, rollout, entropy, cu_seqlens)
@@ -160,7 +164,9 @@ def policy_loss(
             p["kl_clamp_in"], p["kl_clamp_out"], p["kl_ratio_cap"], spec[4], spec[5],
         )  # fmt: skip
         off = closed_kl | (p["beta"] == 0)  # selected, so that beta = 0 removes an infinite KL too
-        pull, slope, kl_ratio = (weigh(p["beta"] * x, kl_weight, off) for x in (kl, slope, kl_ratio))
+        pull, slope, kl_ratio = (
+            weigh(p["beta"] * x, kl_weight, off) for x in (kl, slope, kl_ratio)
+        )
         token_loss, direct, through_ratio = policy + pull, direct + slope, through_ratio + kl_ratio
 
     weight = torch.where(live, weight, 0.0)
@@ -205,7 +211,13 @@ def _clip_rows(ratio: Tensor, advantage: Tensor, p: dict[str, Tensor]) -> dict[s
     """The ratio and where it lies outside the bounds, by TRL's definition of low and high."""
     low, high = (advantage < 0) & (ratio < p["neg_low"]), (advantage > 0) & (ratio > p["pos_high"])
     dual = (advantage < 0) & (ratio > p["neg_high"])
-    return {"ratio": ratio, "clip_low": low, "clip_high": high, "clip_region": low | high, "clip_dual": dual}
+    return {
+        "ratio": ratio,
+        "clip_low": low,
+        "clip_high": high,
+        "clip_region": low | high,
+        "clip_dual": dual,
+    }
 
 
 def reduce_metrics(rows: Tensor, live: Tensor) -> Tensor:

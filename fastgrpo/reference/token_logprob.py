@@ -13,7 +13,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _units(logits: Tensor, temperature: Tensor, logit_params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _units(
+    logits: Tensor, temperature: Tensor, logit_params: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return u [N, V], c [N or 1, 1] and du/dz * c [N or 1, V or 1]."""
     u = logits.to(accumulate_dtype(logits.dtype))
     inverse_temperature = (1.0 / temperature).unsqueeze(-1)

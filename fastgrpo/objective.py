@@ -1,0 +1,384 @@
+"""Every GRPO-family objective as one frozen record of orthogonal choices; the published ones are presets.
+
+Per token, with d = logprob - old_logprob, s the (pooled) log-ratio and r = exp(s):
+
+    token_loss = policy(r, advantage) + kl.beta * KL(policy || target)
+    loss       = sum_t weight_t * token_loss_t - entropy_coef * sum_t weight_t * entropy_t
+
+`weight` comes from `reduce` alone, so no kernel knows the name of a loss. A preset is data; a new objective is one method.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastgrpo.choices import (
+    ANY,
+    INF,
+    KL,
+    Correction,
+    Gamma,
+    Gate,
+    Interval,
+    Reduce,
+    Sigmoid,
+    choice,
+    interval,
+    require,
+)
+from fastgrpo.spec import (
+    MAX_GATES,
+    PARAMS,
+    Between,
+    Estimator,
+    KLGrad,
+    KLTarget,
+    Level,
+    Pool,
+    PoolGrad,
+    Scope,
+    Shape,
+    Stat,
+    Surrogate,
+    When,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def _clip(low: float, high: float, dual: float | None = None) -> dict[str, Any]:
+    """PPO bounds: advantage > 0 stops at 1 + high, advantage < 0 at 1 - low (and at `dual`)."""
+    require(0 <= low < 1, "epsilon_low must be in [0, 1)", low)
+    require(high >= 0, "epsilon_high must be >= 0", high)
+    require(dual is None or dual > 1 - low, "delta must be > 1 - epsilon_low", dual)
+    stop = INF if dual is None else dual
+    return {"positive": (-INF, min(1 + high, stop)), "negative": (1 - low, stop)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is optimised, as independent choices; build it from a preset and `replace` fields, or field by field.
+
+    `surrogate` "ratio": -A * r with the gradient stopped outside the bounds of A's sign; "logp": -A * sg(bounded r) *
+    logprob with the gradient kept; any other name must be registered by `fastgrpo.register_surrogate`. Log-ratios are
+    clamped to +-`d_clamp` (gradient 0 outside; the metrics count it); None turns the clamp off.
+    """
+
+    name: str = "custom"
+    level: Literal["token", "seq_mean", "seq_sum"] = "token"
+    pool_grad: Literal["shared", "local"] = "shared"
+    log_clip: Interval | None = None
+    d_clamp: float | None = 20.0
+    pool_bounds: Interval = ANY
+    surrogate: str = "ratio"
+    surrogate_params: tuple[float, ...] = ()
+    positive: Interval = ANY
+    negative: Interval = ANY
+    shape: Sigmoid | Gamma | None = None
+    gates: tuple[Gate, ...] = ()
+    correction: Correction | None = None
+    kl: KL = field(default_factory=KL)
+    reduce: Reduce = field(default_factory=Reduce)
+    entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Reject what cannot be meant."""
+        choice("level", self.level, tuple(x.name.lower() for x in Level))
+        choice("pool_grad", self.pool_grad, ("shared", "local"))
+        for name in ("positive", "negative", "pool_bounds"):
+            interval(name, getattr(self, name))
+        if self.log_clip is not None:
+            interval("log_clip", self.log_clip)
+        require(
+            self.d_clamp is None or self.d_clamp > 0, "d_clamp must be None or > 0", self.d_clamp
+        )
+        require(math.isfinite(self.entropy_coef), "entropy_coef must be finite", self.entropy_coef)
+        require(
+            len(self.surrogate_params) <= 8,
+            "surrogate_params holds at most 8 numbers",
+            self.surrogate_params,
+        )
+        require(not (self.surrogate_params and self.surrogate in ("ratio", "logp")),
+                 "surrogate_params belong to a registered surrogate", self.surrogate)  # fmt: skip
+        bounded = self.positive != ANY or self.negative != ANY
+        require(
+            not (bounded and self.shape is not None),
+            "a shape replaces the bounds: give one of them",
+            self.shape,
+        )
+        custom = self.surrogate not in ("ratio", "logp")
+        require(not (custom and (bounded or self.shape is not None)),
+                 "a registered surrogate does its own clipping: no bounds, no shape", self.surrogate)  # fmt: skip
+        live = [g for g in self.gates if g.between != "old_rollout"]
+        require(
+            len(live) <= MAX_GATES, f"at most {MAX_GATES} gates may look at the policy", len(live)
+        )
+
+    def replace(self, **changes: Any) -> "Objective":
+        """Return a copy with some fields changed."""
+        return replace(self, **changes)
+
+    @property
+    def policy_gates(self) -> tuple[Gate, ...]:
+        """Gates that depend on the policy being trained: evaluated inside the kernels."""
+        return tuple(g for g in self.gates if g.between != "old_rollout")
+
+    @property
+    def is_token_local(self) -> bool:
+        """Whether a token's gradient coefficient depends on nothing but its own row."""
+        return self.level == "token" and all(g.pool == "token" for g in self.policy_gates)
+
+    def spec(self) -> list[int]:
+        """Codes of the choices, the part that kernels are specialised on (see `fastgrpo.spec`)."""
+        surrogate = {"ratio": Surrogate.RATIO, "logp": Surrogate.LOGP}.get(
+            self.surrogate, Surrogate.CUSTOM
+        )
+        shape = {type(None): Shape.HARD, Sigmoid: Shape.SIGMOID, Gamma: Shape.GAMMA}[
+            type(self.shape)
+        ]
+        codes = [
+            Level[self.level.upper()],
+            PoolGrad[self.pool_grad.upper()],
+            surrogate,
+            shape,
+            Estimator[self.kl.estimator.upper()],
+            KLGrad[self.kl.gradient.upper()],
+            KLTarget[self.kl.target.upper()],
+            len(self.policy_gates),
+        ]
+        for gate in self.policy_gates:
+            codes += [
+                Stat[gate.stat.upper()],
+                Between[gate.between.upper()],
+                Pool[gate.pool.upper()],
+                When[gate.when.upper()],
+                Scope[gate.scope.upper()],
+            ]
+        return [int(code) for code in codes]
+
+    def params(self) -> list[float]:
+        """Every number of the objective in the order of `fastgrpo.spec.PARAMS`, then the gates' bounds."""
+        log_low, log_high = self.log_clip or ANY
+        values = {
+            "pos_low": self.positive[0],
+            "pos_high": self.positive[1],
+            "neg_low": self.negative[0],
+            "neg_high": self.negative[1],
+            "d_clamp": INF if self.d_clamp is None else self.d_clamp,
+            "log_low": log_low,
+            "log_high": log_high,
+            "pool_low": self.pool_bounds[0],
+            "pool_high": self.pool_bounds[1],
+            "beta": self.kl.beta,
+            "kl_clamp_in": self.kl.clamp_in or INF,
+            "kl_clamp_out": self.kl.clamp_out or INF,
+            "kl_ratio_cap": self.kl.ratio_cap,
+        }
+        if isinstance(self.shape, Sigmoid):
+            values |= {"shape_pos_a": self.shape.positive, "shape_neg_a": self.shape.negative}
+        elif isinstance(self.shape, Gamma):
+            for sign, (k, lam) in (("pos", self.shape.positive), ("neg", self.shape.negative)):
+                values |= {f"shape_{sign}_a": k, f"shape_{sign}_b": lam}
+        values |= {f"user_{k}": value for k, value in enumerate(self.surrogate_params)}
+        bounds = [limit for gate in self.policy_gates for limit in (gate.low, gate.high)]
+        bounds += [-INF, INF] * (MAX_GATES - len(self.policy_gates))
+        return [values.get(name, 0.0) for name in PARAMS] + bounds
+
+    # Presets. Each carries its paper's clip bounds and reduction; beta = 0 unless asked for.
+
+    @classmethod
+    def grpo(cls, *, epsilon: float = 0.2, epsilon_high: float | None = None, delta: float | None = None,
+             beta: float = 0.0) -> "Objective":  # fmt: skip
+        """Shao et al. 2024 (arXiv 2402.03300), Eq. 3; the paper's beta is 0.04."""
+        high = epsilon if epsilon_high is None else epsilon_high
+        return cls(name="grpo", **_clip(epsilon, high, delta), kl=KL(beta=beta))
+
+    @classmethod
+    def dapo(cls, *, epsilon: float = 0.2, epsilon_high: float = 0.28, delta: float | None = None,
+             beta: float = 0.0) -> "Objective":  # fmt: skip
+        """Yu et al. 2025 (arXiv 2503.14476): clip-higher, mean over tokens; `Reduce(per="prompt")` is the printed form."""
+        return cls(
+            name="dapo",
+            **_clip(epsilon, epsilon_high, delta),
+            kl=KL(beta=beta),
+            reduce=Reduce(per="token"),
+        )
+
+    @classmethod
+    def bnpo(
+        cls, *, epsilon: float = 0.2, epsilon_high: float | None = None, beta: float = 0.0
+    ) -> "Objective":
+        """Xiao et al. 2025 (arXiv 2506.02864): GRPO's bounds, mean over the tokens of the batch."""
+        high = epsilon if epsilon_high is None else epsilon_high
+        return cls(
+            name="bnpo", **_clip(epsilon, high), kl=KL(beta=beta), reduce=Reduce(per="token")
+        )
+
+    @classmethod
+    def dr_grpo(cls, max_length: int, *, epsilon: float = 0.2, epsilon_high: float | None = None,
+                beta: float = 0.0) -> "Objective":  # fmt: skip
+        """Liu et al. 2025 (arXiv 2503.20783): constant length normaliser; use `group_advantage(scale="none")` with it."""
+        high = epsilon if epsilon_high is None else epsilon_high
+        reduce = Reduce(per="constant", length=max_length)
+        return cls(name="dr_grpo", **_clip(epsilon, high), kl=KL(beta=beta), reduce=reduce)
+
+    @classmethod
+    def ppo(cls, *, epsilon: float = 0.2, dual_clip: float | None = None) -> "Objective":
+        """Schulman et al. 2017 (arXiv 1707.06347); Eq. 1 of DeepSeekMath: advantages from `gae`, KL in the reward."""
+        return cls(name="ppo", **_clip(epsilon, epsilon, dual_clip))
+
+    @classmethod
+    def gspo(
+        cls, *, epsilon: float = 3e-4, epsilon_high: float = 4e-4, beta: float = 0.0
+    ) -> "Objective":
+        """Zheng et al. 2025 (arXiv 2507.18071): ratio of the whole sequence, geometric mean over tokens."""
+        return cls(name="gspo", level="seq_mean", **_clip(epsilon, epsilon_high), kl=KL(beta=beta))
+
+    @classmethod
+    def gspo_token(
+        cls, *, epsilon: float = 3e-4, epsilon_high: float = 4e-4, beta: float = 0.0
+    ) -> "Objective":
+        """GSPO-token, section 4.3 of arXiv 2507.18071: GSPO's ratio, each token its own gradient."""
+        return replace(
+            cls.gspo(epsilon=epsilon, epsilon_high=epsilon_high, beta=beta),
+            name="gspo_token",
+            pool_grad="local",
+        )
+
+    @classmethod
+    def luspo(
+        cls, *, epsilon: float = 3e-4, epsilon_high: float = 4e-4, beta: float = 0.0
+    ) -> "Objective":
+        """Length-unbiased GSPO (arXiv 2602.05261): token losses summed per sequence, averaged over sequences."""
+        return replace(
+            cls.gspo(epsilon=epsilon, epsilon_high=epsilon_high, beta=beta),
+            name="luspo",
+            reduce=Reduce(power=0.0),
+        )
+
+    @classmethod
+    def gmpo(
+        cls, *, epsilon: float = 0.4, epsilon_high: float | None = None, beta: float = 0.0
+    ) -> "Objective":
+        """Zhao et al. 2025 (arXiv 2507.20673): geometric mean of ratios clipped per token in log space."""
+        high = epsilon if epsilon_high is None else epsilon_high
+        return cls(name="gmpo", level="seq_mean", log_clip=(-epsilon, high), kl=KL(beta=beta))
+
+    @classmethod
+    def cispo(
+        cls, *, epsilon_low: float | None = None, epsilon_high: float = 5.0, beta: float = 0.0
+    ) -> "Objective":
+        """MiniMax 2025 (arXiv 2506.13585): detached ratio clamped to [epsilon_low, epsilon_high], absolute bounds.
+
+        ScaleRL (arXiv 2510.13786) uses epsilon_high = 5. verl's convention is (1 - eps, 1 + eps).
+        """
+        bounds = (0.0 if epsilon_low is None else epsilon_low, epsilon_high)
+        return cls(
+            name="cispo",
+            surrogate="logp",
+            positive=bounds,
+            negative=bounds,
+            kl=KL(beta=beta),
+            reduce=Reduce(per="token"),
+        )
+
+    @classmethod
+    def sapo(
+        cls, *, tau_positive: float = 1.0, tau_negative: float = 1.05, beta: float = 0.0
+    ) -> "Objective":
+        """Soft adaptive policy optimisation (arXiv 2511.20347): a sigmoid instead of a clip."""
+        return cls(
+            name="sapo",
+            shape=Sigmoid(positive=tau_positive, negative=tau_negative),
+            kl=KL(beta=beta),
+        )
+
+    @classmethod
+    def vespo(
+        cls, *, positive: Interval = (2.0, 3.0), negative: Interval = (3.0, 2.0), beta: float = 0.0
+    ) -> "Objective":
+        """VESPO (arXiv 2602.10693): gamma weight of the sequence ratio, log-ratio within [log 1e-8, 20]."""
+        return cls(name="vespo", level="seq_sum", surrogate="logp", shape=Gamma(positive=positive, negative=negative),
+                   pool_bounds=(math.log(1e-8), 20.0), kl=KL(beta=beta), reduce=Reduce(per="token"))  # fmt: skip
+
+    @classmethod
+    def rloo(cls, *, epsilon: float = 0.2, epsilon_high: float | None = None) -> "Objective":
+        """Ahmadian et al. 2024 (arXiv 2402.14740) with TRL's clipped sequence ratio; leave-one-out advantages."""
+        high = epsilon if epsilon_high is None else epsilon_high
+        return cls(name="rloo", level="seq_sum", **_clip(epsilon, high))
+
+    @classmethod
+    def reinforce(cls) -> "Objective":
+        """Williams 1992: -A * logprob, token losses summed per sequence."""
+        return cls(
+            name="reinforce",
+            surrogate="logp",
+            positive=(1.0, 1.0),
+            negative=(1.0, 1.0),
+            reduce=Reduce(power=0.0),
+        )
+
+    @classmethod
+    def gpg(cls) -> "Objective":
+        """Chu et al. 2025 (arXiv 2504.02546): REINFORCE with the mean over tokens."""
+        return replace(cls.reinforce(), name="gpg", reduce=Reduce(per="token"))
+
+    @classmethod
+    def topr(cls) -> "Objective":
+        """Le Roux et al. 2025 (arXiv 2503.14286): weight 1 for good tokens, the ratio in [0, 1] for bad ones."""
+        return cls(
+            name="topr",
+            surrogate="logp",
+            positive=(1.0, 1.0),
+            negative=(0.0, 1.0),
+            reduce=Reduce(power=0.0),
+        )
+
+    @classmethod
+    def dppo_tv(cls, *, low: float = 0.2, high: float = 0.2, cap: float = 20.0) -> "Objective":
+        """DPPO (arXiv 2602.04879): a token is dropped once its probability has moved too far the wanted way."""
+        return cls._dppo("tv", low, high, cap)
+
+    @classmethod
+    def dppo_kl(cls, *, low: float = 0.2, high: float = 0.2, cap: float = 20.0) -> "Objective":
+        """DPPO (arXiv 2602.04879) with the binary KL of the sampled token instead of its total variation."""
+        return cls._dppo("binary_kl", low, high, cap)
+
+    @classmethod
+    def _dppo(
+        cls, stat: Literal["tv", "binary_kl"], low: float, high: float, cap: float
+    ) -> "Objective":
+        gates = (
+            Gate(stat=stat, high=high, when="positive"),
+            Gate(stat=stat, low=-low, when="negative"),
+        )
+        name = "dppo_tv" if stat == "tv" else "dppo_kl"
+        return cls(
+            name=name,
+            surrogate="logp",
+            positive=(0.0, cap),
+            negative=(0.0, cap),
+            gates=gates,
+            reduce=Reduce(per="token"),
+        )
+
+    @classmethod
+    def dro(cls, *, beta: float) -> "Objective":
+        """Richemond et al. 2024 (arXiv 2405.19107): -A * logprob + beta / 2 * (logprob - old)^2."""
+        kl = KL(beta=beta, estimator="k2", target="old", clamp_in=None)
+        return replace(cls.reinforce(), name="dro", kl=kl, reduce=Reduce(per="token"))
+
+    @classmethod
+    def from_trl(cls, config: Any) -> "Objective":
+        """The objective that a `trl.GRPOConfig` describes; raises on an option that is not covered."""
+        from fastgrpo.convert import objective_from_trl
+
+        return objective_from_trl(config)
+
+    @classmethod
+    def from_verl(cls, config: "Mapping[str, Any]") -> "Objective":
+        """The objective that verl's actor config describes; raises on an option that is not covered."""
+        from fastgrpo.convert import objective_from_verl
+
+        return objective_from_verl(config)
