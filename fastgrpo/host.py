@@ -13,7 +13,7 @@ from operator import index
 from pathlib import Path
 
 try:
-    from fastgrpo import _host
+    import fastgrpo._host as _host
 except ImportError:  # not built for this Python
     _host = None
 
@@ -34,9 +34,9 @@ def pack_by_token_budget(
 ) -> list[list[int]]:
     """Few parts that each keep within a token budget, for micro-batches of packed sequences.
 
-    Best-fit decreasing: sequences from long to short, each into the fullest part that still has room (at most 11/9 of
-    the fewest possible parts, plus one). Every index stands in exactly one part, in ascending order; the part with the
-    longest sequence comes first, so that memory runs out in the first step or never. Deterministic.
+    Best-fit decreasing: sequences from long to short, each into the fullest part that still has room. Every index
+    stands in exactly one part, in ascending order; the part with the longest sequence comes first, so that memory runs
+    out in the first step or never. Deterministic.
 
     Raises:
         ValueError: a length is negative or larger than the budget, or a limit is below 1.
