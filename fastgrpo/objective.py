@@ -9,7 +9,7 @@ Per token, with d = logprob - old_logprob, s the (pooled) log-ratio and r = exp(
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastgrpo.choices import (
@@ -78,8 +78,8 @@ class Objective:
     shape: Sigmoid | Gamma | None = None
     gates: tuple[Gate, ...] = ()
     correction: Correction | None = None
-    kl: KL = field(default_factory=KL)
-    reduce: Reduce = field(default_factory=Reduce)
+    kl: KL = KL()
+    reduce: Reduce = Reduce()
     entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
@@ -123,6 +123,11 @@ class Objective:
     def policy_gates(self) -> tuple[Gate, ...]:
         """Gates that depend on the policy being trained: evaluated inside the kernels."""
         return tuple(g for g in self.gates if g.between != "old_rollout")
+
+    @property
+    def folds_correction(self) -> bool:
+        """Whether the rollout correction enters the sequence ratio (VESPO) instead of multiplying the term."""
+        return isinstance(self.shape, Gamma)
 
     @property
     def is_token_local(self) -> bool:

@@ -1,0 +1,200 @@
+"""From the arguments of a loss to the flat tensors that its op takes: validation, reduction weights, corrections."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrpo.functional.checks import (
+    INTEGERS,
+    as_mask,
+    describe,
+    require_detached,
+    require_device,
+    require_float,
+    require_shape,
+    require_tensor,
+)
+from fastgrpo.functional.numbers import number_tensor
+from fastgrpo.objective import Objective
+from fastgrpo.reduction import padded_offsets, reduction_weight, spread
+from fastgrpo.rollout_correction import apply_correction
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """What the caller of a loss may pass besides the policy itself; see `fastgrpo.losses.policy_loss`."""
+
+    advantage: Tensor
+    mask: Tensor
+    old_logprob: Tensor | None = None
+    ref_logprob: Tensor | None = None
+    rollout_logprob: Tensor | None = None
+    token_weight: Tensor | None = None
+    kl_weight: Tensor | None = None
+    group_size: int | None = None
+    group_ids: Tensor | None = None
+    objective: Objective
+    normalizer: float | Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossBatch:
+    """Flat per-token tensors in the order of the ops' schemas; an absent one has 0 elements."""
+
+    advantage: Tensor
+    mask: Tensor
+    weight: Tensor
+    old: Tensor
+    ref: Tensor
+    rollout: Tensor
+    log_weight: Tensor
+    token_weight: Tensor
+    kl_weight: Tensor
+    entropy_weight: Tensor
+    cu_seqlens: Tensor
+    params: Tensor
+    spec: list[int]
+    surrogate: str
+    rollout_metrics: tuple[tuple[str, ...], Tensor] | None
+
+    def sides(self) -> tuple[Tensor, ...]:
+        """The tensors between `weight` and the entropy in the ops' schemas."""
+        return (
+            self.old,
+            self.ref,
+            self.rollout,
+            self.log_weight,
+            self.token_weight,
+            self.kl_weight,
+        )
+
+
+def sequence_shape(shape: torch.Size, cu_seqlens: Tensor | None, name: str) -> None:
+    """Raise unless the tokens are padded [B, T], or packed [N] with cu_seqlens."""
+    if cu_seqlens is None and len(shape) != 2:
+        raise ValueError(
+            f"{name} must hold padded [B, T] tokens, or packed [N] tokens with cu_seqlens, got token shape {tuple(shape)}"
+        )
+    if cu_seqlens is not None and len(shape) != 1:
+        raise ValueError(f"{name} must hold packed [N] tokens when cu_seqlens is given, got token shape {tuple(shape)}")
+
+
+def _offsets(inputs: LossInputs, shape: torch.Size, device: torch.device) -> Tensor:
+    if inputs.cu_seqlens is None:
+        return padded_offsets(shape[0], shape[1], device)
+    offsets = require_tensor("cu_seqlens", inputs.cu_seqlens, (torch.int32, torch.int64), "int32 or int64")
+    if offsets.dim() != 1 or offsets.numel() < 1:
+        raise ValueError(f"cu_seqlens must have shape [B + 1], got {describe(offsets)}")
+    if offsets.device != device:
+        raise ValueError(f"cu_seqlens must be on the device of the tokens ({device}), got {describe(offsets)}")
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        host = offsets.tolist()
+        if host[0] != 0 or host[-1] != shape[0] or any(a > b for a, b in zip(host, host[1:], strict=False)):
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens ({shape[0]}), got {host[:8]}...")
+    return offsets.to(torch.int32)
+
+
+class _Flattener:
+    """Checks per-token and per-sequence arguments against one shape and flattens them."""
+
+    def __init__(self, shape: torch.Size, like: Tensor, dtype: torch.dtype, offsets: Tensor) -> None:
+        self.shape, self.like, self.dtype, self.offsets = shape, like, dtype, offsets
+        self.absent = torch.empty(0, dtype=dtype, device=like.device)
+
+    def per_token(self, name: str, value: Tensor | None) -> Tensor:
+        if value is None:
+            return self.absent
+        self._check(name, value)
+        require_shape(name, value, self.shape, "one value per token")
+        return value.detach().reshape(-1).to(self.dtype)
+
+    def per_token_or_sequence(self, name: str, value: Tensor) -> Tensor:
+        self._check(name, value)
+        num_sequences = self.offsets.numel() - 1
+        if value.dim() == 1 and (len(self.shape) == 2 or value.shape[0] != self.shape[0]):
+            rule = "one value per sequence"
+            require_shape(name, value, (num_sequences,), f"{rule}, or {tuple(self.shape)}: one per token")
+            per_sequence = value.detach().to(self.dtype)
+            if len(self.shape) == 2:
+                return per_sequence[:, None].expand(self.shape).reshape(-1)
+            return spread(per_sequence, self.offsets, self.shape[0])
+        require_shape(name, value, self.shape, f"one per token, or ({num_sequences},): one per sequence")
+        return value.detach().reshape(-1).to(self.dtype)
+
+    def _check(self, name: str, value: Tensor) -> None:
+        require_float(name, value)
+        require_device(name, value, self.like, "the policy's tokens")
+        require_detached(name, value)
+
+
+def prepare(
+    inputs: LossInputs,
+    shape: torch.Size,
+    like: Tensor,
+    dtype: torch.dtype,
+    has_entropy: bool,
+) -> LossBatch:
+    """Check every argument before any work and return the flat batch."""
+    objective = inputs.objective
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be a fastgrpo Objective, got {describe(objective)}")
+    offsets = _offsets(inputs, shape, like.device)
+    flat = _Flattener(shape, like, dtype, offsets)
+    mask = as_mask(inputs.mask, shape, like, "the policy").reshape(-1)
+    _check_presence(inputs, has_entropy)
+    if inputs.group_ids is not None:
+        require_tensor("group_ids", inputs.group_ids, INTEGERS, "integer")
+        require_device("group_ids", inputs.group_ids, like, "the policy's tokens")
+    advantage = flat.per_token_or_sequence("advantage", inputs.advantage)
+    old = flat.per_token("old_logprob", inputs.old_logprob)
+    rollout = flat.per_token("rollout_logprob", inputs.rollout_logprob)
+    correction = apply_correction(
+        objective,
+        advantage=advantage,
+        mask=mask,
+        old=old,
+        rollout=rollout,
+        token_weight=flat.per_token("token_weight", inputs.token_weight),
+        kl_weight=flat.per_token("kl_weight", inputs.kl_weight),
+        cu_seqlens=offsets,
+    )
+    weight = reduction_weight(
+        correction.mask, offsets, objective, inputs.normalizer, inputs.group_size, inputs.group_ids, dtype
+    )
+    gates = any(gate.between == "theta_rollout" for gate in objective.policy_gates)
+    return LossBatch(
+        advantage=advantage,
+        mask=correction.mask,
+        weight=weight,
+        old=correction.old,
+        ref=flat.per_token("ref_logprob", inputs.ref_logprob),
+        rollout=rollout if gates else flat.absent,
+        log_weight=correction.log_weight,
+        token_weight=correction.token_weight,
+        kl_weight=correction.kl_weight,
+        entropy_weight=weight * objective.entropy_coef if objective.entropy_coef else flat.absent,
+        cu_seqlens=offsets,
+        params=number_tensor(objective.params(), dtype, like.device),
+        spec=objective.spec(),
+        surrogate="" if objective.surrogate in ("ratio", "logp") else objective.surrogate,
+        rollout_metrics=correction.metrics,
+    )
+
+
+def _check_presence(inputs: LossInputs, has_entropy: bool) -> None:
+    """Raise where the objective needs a tensor that was not given."""
+    objective = inputs.objective
+    kl = objective.kl
+    if kl.beta and kl.target == "ref" and inputs.ref_logprob is None:
+        raise ValueError(f"ref_logprob is required by objective.kl.beta = {kl.beta}, got None")
+    uses_rollout = objective.correction is not None or any(
+        gate.between != "theta_old" for gate in objective.gates
+    )
+    if uses_rollout and inputs.rollout_logprob is None:
+        raise ValueError("rollout_logprob is required by the objective's correction or gates, got None")
+    if objective.entropy_coef and not has_entropy:
+        raise ValueError(f"entropy is required by objective.entropy_coef = {objective.entropy_coef}, got None")
+    if any(gate.stat == "entropy" for gate in objective.gates) and not has_entropy:
+        raise ValueError("entropy is required by an entropy gate, got None")

@@ -1,0 +1,118 @@
+"""Argument checks shared by the public functions, and the policy for faults that only the device sees."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+_POLICIES = ("flag", "off", "strict")
+
+
+def _policy_from_environment() -> str:
+    policy = os.environ.get("FASTGRPO_CHECKS", "flag")
+    if policy not in _POLICIES:
+        raise ValueError(f"FASTGRPO_CHECKS must be one of {', '.join(_POLICIES)}, got {policy!r}")
+    return policy
+
+
+_policy: ContextVar[str] = ContextVar("fastgrpo_checks", default=_policy_from_environment())
+
+
+@contextmanager
+def checks(policy: str) -> Iterator[None]:
+    """Choose what happens to faults in the data that no shape check can see (a NaN row, an id outside [0, V)).
+
+    "flag" (default) counts them in `metrics["fault"]`, without a sync; "strict" raises after the op, at the price of one
+    sync; "off" ignores them. In each case the faulty row alone is NaN. FASTGRPO_CHECKS sets the default.
+    """
+    if policy not in _POLICIES:
+        raise ValueError(f"checks policy must be one of {', '.join(_POLICIES)}, got {policy!r}")
+    token = _policy.set(policy)
+    try:
+        yield
+    finally:
+        _policy.reset(token)
+
+
+def is_strict() -> bool:
+    """Whether faults raise."""
+    return _policy.get() == "strict"
+
+
+def raise_on_fault(op: str, faulty: Tensor) -> None:
+    """Under the strict policy raise if any entry of `faulty` [N] bool is set, naming the first rows (one sync)."""
+    if is_strict() and bool(faulty.any()):
+        rows = faulty.nonzero().flatten()[:5].tolist()
+        raise ValueError(
+            f"{op}: {int(faulty.sum())} live token(s) have a NaN or infinite value or a token id outside the vocabulary; "
+            f"first rows (flat index): {rows}"
+        )
+
+
+def describe(value: object) -> str:
+    """Shape, dtype and device of a tensor; type and value of anything else."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def require_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], kind: str) -> Tensor:
+    """Return `value` if it is a tensor of one of the dtypes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a {kind} tensor, got {describe(value)}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be a {kind} tensor, got {describe(value)}")
+    return value
+
+
+def require_float(name: str, value: object) -> Tensor:
+    """Return `value` if it is a floating-point tensor of a supported dtype."""
+    return require_tensor(name, value, FLOATS, "float16, bfloat16, float32 or float64")
+
+
+def require_shape(name: str, value: Tensor, shape: Sequence[int], rule: str) -> None:
+    """Raise unless `value` has exactly this shape."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)} ({rule}), got {describe(value)}")
+
+
+def require_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    """Raise unless both tensors are on one device."""
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name} ({like.device}), got {describe(value)}")
+
+
+def require_detached(name: str, value: Tensor) -> None:
+    """Raise on a tensor that requires grad where no gradient is ever returned."""
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} gets no gradient and must not require one; pass {name}.detach()")
+
+
+def require_number(name: str, value: object, *, above: float, rule: str) -> float:
+    """Return a finite Python number greater than `above`."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if not (above < value < float("inf")):
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+    return float(value)
+
+
+def require_token_ids(token_ids: object, shape: Sequence[int], logits: Tensor, like_name: str) -> Tensor:
+    """Return token ids as a flat int64 tensor; values are checked on the device (a bad id gives a NaN row)."""
+    ids = require_tensor("token_ids", token_ids, INTEGERS, "integer")
+    require_shape("token_ids", ids, shape, f"{like_name}.shape[:-1]")
+    require_device("token_ids", ids, logits, like_name)
+    return ids.reshape(-1).to(torch.int64)
+
+
+def as_mask(mask: object, shape: Sequence[int], like: Tensor, like_name: str) -> Tensor:
+    """Return a bool mask of the given shape; integer masks hold 0 and 1, float masks are refused."""
+    mask = require_tensor("mask", mask, (torch.bool, *INTEGERS), "bool or integer")
+    require_shape("mask", mask, shape, f"one entry per token of {like_name}")
+    require_device("mask", mask, like, like_name)
+    return mask if mask.dtype == torch.bool else mask != 0

@@ -1,0 +1,124 @@
+"""What depends only on stored log-probs (old policy against sampler): importance weights, gates, mismatch metrics.
+
+These never depend on the policy being trained, so they enter the kernels as token weights and a mask.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrpo.objective import Objective
+from fastgrpo.reference.gates import Tokens, gate_closed
+from fastgrpo.reference.policy_loss import reduce_metrics
+from fastgrpo.spec import Between, Pool, Stat, When
+
+ROLLOUT_METRICS = (
+    "rollout_weight",  # importance weight as applied (1 without a correction)
+    "rollout_weight_squared",
+    "rollout_abs_log_ratio",  # |old - rollout|: TRL's sampling_logp_difference
+    "rollout_k1",  # rollout - old: estimates KL(rollout || old)
+    "rollout_k3",  # the same by k3
+)
+
+
+class Corrected(NamedTuple):
+    """Inputs of the loss after the correction."""
+
+    mask: Tensor
+    old: Tensor
+    log_weight: Tensor
+    token_weight: Tensor
+    kl_weight: Tensor
+    metrics: tuple[tuple[str, ...], Tensor] | None
+
+
+def _times(factor: Tensor, weight: Tensor) -> Tensor:
+    """Multiply an optional weight ([0] = 1)."""
+    return weight * factor if weight.numel() else factor
+
+
+def _importance_weight(log_ratio: Tensor, tokens: Tokens, objective: Objective) -> Tensor:
+    """exp(old - rollout) per token or pooled over the sequence, truncated or masked, as one value per token."""
+    correction = objective.correction
+    assert correction is not None
+    if correction.level != "token":
+        log_ratio = tokens.sequence_sum(log_ratio)
+        if correction.level == "seq_mean":
+            log_ratio = log_ratio / tokens.sequence_length()
+    weight = torch.exp(log_ratio.clamp(-20.0, 20.0))
+    if correction.mode == "truncate":
+        weight = weight.clamp(correction.low, correction.high)
+    else:
+        weight = torch.where((weight < correction.low) | (weight > correction.high), 0.0, weight)
+    if correction.normalize:
+        total = torch.where(tokens.live, weight, 0.0).sum()
+        weight = weight * tokens.live.sum() / torch.where(total > 0, total, 1.0)
+    return weight
+
+
+def apply_correction(
+    objective: Objective,
+    *,
+    advantage: Tensor,  # [N]
+    mask: Tensor,  # [N] bool
+    old: Tensor,  # [N] or [0]
+    rollout: Tensor,  # [N] or [0]
+    token_weight: Tensor,  # [N] or [0]
+    kl_weight: Tensor,  # [N] or [0]
+    cu_seqlens: Tensor,
+) -> Corrected:
+    """Apply `objective.correction` and the gates between old and rollout.
+
+    A NaN rollout log-prob (a token the sampler could not score) has ratio 1 and closes no gate. VESPO folds the weight
+    into the sequence ratio instead of multiplying.
+    """
+    absent = advantage.new_empty(0)
+    if not rollout.numel():
+        return Corrected(mask, old, absent, token_weight, kl_weight, None)
+    correction = objective.correction
+    bypass = correction is not None and correction.bypass
+    gates = [gate for gate in objective.gates if gate.between == "old_rollout"]
+    if not old.numel() and not bypass:
+        if correction is not None or gates:
+            raise ValueError("old_logprob is required by the objective's correction or gates, got None")
+        return Corrected(mask, old, absent, token_weight, kl_weight, None)
+    behaviour = torch.where(rollout.isnan(), old, rollout) if old.numel() else rollout
+    if bypass:
+        return Corrected(mask, behaviour, absent, token_weight, kl_weight, None)
+
+    tokens = Tokens.select(old, advantage, mask, absent, behaviour, absent, cu_seqlens)
+    log_ratio = tokens.logprob - tokens.rollout
+    metric_mask, log_weight, weight = mask, absent, torch.ones_like(old)
+    if correction is not None:
+        weight = _importance_weight(log_ratio, tokens, objective)
+        if objective.folds_correction:
+            log_weight = torch.log(weight).clamp(objective.pool_bounds[0], objective.pool_bounds[1])
+            if correction.level != "token":  # the sequence's log-weight once, spread over its tokens
+                log_weight = log_weight / tokens.sequence_length()
+        else:
+            token_weight = _times(weight, token_weight)
+            if correction.applies_to == "policy_and_kl":
+                kl_weight = _times(weight, kl_weight)
+    for gate in gates:
+        code = [
+            Stat[gate.stat.upper()],
+            Between.THETA_ROLLOUT,
+            Pool[gate.pool.upper()],
+            When[gate.when.upper()],
+            0,
+        ]
+        low, high = (torch.as_tensor(x, dtype=old.dtype, device=old.device) for x in (gate.low, gate.high))
+        shut = gate_closed(tokens, [int(x) for x in code], low, high, torch.full_like(low, 20.0))
+        keep = (~shut).to(old.dtype)
+        if gate.scope == "mask":
+            mask = mask & ~shut
+            continue
+        token_weight = _times(keep, token_weight)
+        if gate.scope == "policy_and_kl":
+            kl_weight = _times(keep, kl_weight)
+    rows = torch.stack(
+        [weight, weight * weight, log_ratio.abs(), -log_ratio, torch.expm1(log_ratio) - log_ratio]
+    )
+    metrics = reduce_metrics(rows.double(), metric_mask)
+    return Corrected(mask, old, log_weight, token_weight, kl_weight, (ROLLOUT_METRICS, metrics))
