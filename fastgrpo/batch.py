@@ -101,11 +101,14 @@ class _Flattener:
 
     def __init__(self, shape: torch.Size, like: Tensor, dtype: torch.dtype, offsets: Tensor) -> None:
         self.shape, self.like, self.dtype, self.offsets = shape, like, dtype, offsets
-        self.absent = torch.empty(0, dtype=dtype, device=like.device)
+
+    def absent(self) -> Tensor:
+        """Return a new tensor each time: Dynamo refuses one tensor as two arguments of an autograd Function."""
+        return torch.empty(0, dtype=self.dtype, device=self.like.device)
 
     def per_token(self, name: str, value: Tensor | None) -> Tensor:
         if value is None:
-            return self.absent
+            return self.absent()
         self._check(name, value)
         require_shape(name, value, self.shape, "one value per token")
         return value.detach().reshape(-1).to(self.dtype)
@@ -170,11 +173,11 @@ def prepare(
         weight=weight,
         old=correction.old,
         ref=flat.per_token("ref_logprob", inputs.ref_logprob),
-        rollout=rollout if gates else flat.absent,
+        rollout=rollout if gates else flat.absent(),
         log_weight=correction.log_weight,
         token_weight=correction.token_weight,
         kl_weight=correction.kl_weight,
-        entropy_weight=weight * objective.entropy_coef if objective.entropy_coef else flat.absent,
+        entropy_weight=weight * objective.entropy_coef if objective.entropy_coef else flat.absent(),
         cu_seqlens=offsets,
         params=number_tensor(objective.params(), dtype, like.device),
         spec=objective.spec(),

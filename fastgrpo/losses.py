@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastgrpo.batch import LossBatch, LossInputs, prepare, sequence_shape
 from fastgrpo.functional.checks import (
     describe,
+    is_strict,
     raise_on_fault,
     require_device,
     require_float,
@@ -131,7 +132,8 @@ def policy_loss(
         loss, token_loss, _, data = policy_loss_op.policy_loss(
             flat, batch.advantage, batch.mask, batch.weight, *batch.sides(), flat_entropy, *tail
         )
-    raise_on_fault("policy_loss", batch.mask & ~token_loss.isfinite())
+    if is_strict():
+        raise_on_fault("policy_loss", batch.mask & ~token_loss.isfinite())
     return PolicyLoss(loss, token_loss.view(shape), _metrics(data, batch))
 
 
@@ -242,7 +244,8 @@ def grpo_loss(
         loss, token_loss, logprob, entropy, _, data = grpo_loss_op.grpo_loss(
             rows(logits), *head, *tail, logits.new_empty(0)
         )
-    raise_on_fault("grpo_loss", batch.mask & ~token_loss.isfinite())
+    if is_strict():
+        raise_on_fault("grpo_loss", batch.mask & ~token_loss.isfinite())
     return PolicyLoss(
         loss,
         token_loss.view(shape),

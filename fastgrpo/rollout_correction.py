@@ -73,20 +73,20 @@ def apply_correction(
     A NaN rollout log-prob (a token the sampler could not score) has ratio 1 and closes no gate. VESPO folds the weight
     into the sequence ratio instead of multiplying.
     """
-    absent = advantage.new_empty(0)
     if not rollout.numel():
-        return Corrected(mask, old, absent, token_weight, kl_weight, None)
+        return Corrected(mask, old, old.new_empty(0), token_weight, kl_weight, None)
     correction = objective.correction
     bypass = correction is not None and correction.bypass
     gates = [gate for gate in objective.gates if gate.between == "old_rollout"]
     if not old.numel() and not bypass:
         if correction is not None or gates:
             raise ValueError("old_logprob is required by the objective's correction or gates, got None")
-        return Corrected(mask, old, absent, token_weight, kl_weight, None)
+        return Corrected(mask, old, old.new_empty(0), token_weight, kl_weight, None)
     behaviour = torch.where(rollout.isnan(), old, rollout) if old.numel() else rollout
     if bypass:
-        return Corrected(mask, behaviour, absent, token_weight, kl_weight, None)
+        return Corrected(mask, behaviour, old.new_empty(0), token_weight, kl_weight, None)
 
+    absent = old.new_empty(0)
     tokens = Tokens.select(old, advantage, mask, absent, behaviour, absent, cu_seqlens)
     log_ratio = tokens.logprob - tokens.rollout
     metric_mask, log_weight, weight = mask, absent, torch.ones_like(old)

@@ -40,13 +40,13 @@ def checks(policy: str) -> Iterator[None]:
 
 
 def is_strict() -> bool:
-    """Whether faults raise."""
-    return _policy.get() == "strict"
+    """Whether faults raise (never while a graph is traced: raising needs the values)."""
+    return not torch.compiler.is_compiling() and _policy.get() == "strict"
 
 
 def raise_on_fault(op: str, faulty: Tensor) -> None:
-    """Under the strict policy raise if any entry of `faulty` [N] bool is set, naming the first rows (one sync)."""
-    if is_strict() and bool(faulty.any()):
+    """Raise if any entry of `faulty` [N] bool is set, naming the first rows (one sync)."""
+    if bool(faulty.any()):
         rows = faulty.nonzero().flatten()[:5].tolist()
         raise ValueError(
             f"{op}: {int(faulty.sum())} live token(s) have a NaN or infinite value or a token id outside the vocabulary; "

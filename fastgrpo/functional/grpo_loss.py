@@ -46,7 +46,8 @@ class GRPOLossFunction(torch.autograd.Function):
             return (None, *nothing)
         dlogits, grad_scale = ctx.saved_tensors
         scale = (dloss / grad_scale if grad_scale.numel() else dloss).reshape(1)
-        if scale.device.type != "cpu" or float(scale) != 1.0:
+        on_host = scale.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (on_host and float(scale) == 1.0):  # a GPU's value is read by the kernel, not here
             scale_gradient_(dlogits, scale)
         return (dlogits, *nothing)
 

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from fastgrpo.functional.checks import (
     as_mask,
     describe,
+    is_strict,
     raise_on_fault,
     require_detached,
     require_device,
@@ -187,5 +188,6 @@ def token_logprob(
         )
     else:
         logprob, entropy, _ = ops.token_logprob_fwd(rows(logits), ids, live, scale, params, with_entropy)
-    raise_on_fault("token_logprob", logprob.isnan())
+    if is_strict():
+        raise_on_fault("token_logprob", logprob.isnan())
     return TokenLogprob(logprob.view(shape), entropy.view(shape) if with_entropy else None)

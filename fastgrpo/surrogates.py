@@ -1,0 +1,33 @@
+"""User surrogates: a policy term of one's own, fused into the same kernels as the built-in ones."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fastgrpo.reference import SURROGATES
+
+Expression = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def register_surrogate(name: str, jit: Any, expression: Expression) -> None:
+    """Register a policy term under a name that `Objective(surrogate=name)` accepts.
+
+    Args:
+        name: A Python identifier that is not "ratio" or "logp".
+        jit: A `@triton.jit` function `(log_ratio, advantage, params) -> (value, dvalue)`, inlined on a GPU; None where
+            only the CPU is used. `params` points to the objective's `surrogate_params`: read them by `tl.load(params + k)`.
+        expression: The same as torch code `(log_ratio [N], advantage [N], params [8]) -> (value [N], dvalue [N])`.
+
+    `value` is minimised; `dvalue` is its derivative with respect to the log-ratio.
+
+    Raises:
+        ValueError: The name is taken or no identifier.
+    """
+    if not name.isidentifier() or name in ("ratio", "logp") or name in SURROGATES:
+        raise ValueError(f"surrogate name must be a new identifier other than ratio and logp, got {name!r}")
+    SURROGATES[name] = expression
+    if jit is not None:
+        from fastgrpo.kernels import surrogates
+
+        surrogates.register(name, jit)
