@@ -1,3 +1,67 @@
-"""Fused kernels for Group Relative Policy Optimization."""
+"""Fused kernels for Group Relative Policy Optimization, and a thin trainer.
+
+The names below are the public interface. They load on first use, so `import fastgrpo` is instant and imports no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastgrpo.advantages import GroupAdvantage, group_advantage
+    from fastgrpo.functional.checks import checks
+    from fastgrpo.functional.kl_estimate import kl_estimate
+    from fastgrpo.functional.token_logprob import TokenLogprob, token_logprob
+    from fastgrpo.losses import GRPOLoss, PolicyLoss, grpo_loss, policy_loss
+    from fastgrpo.metrics import Metrics
+    from fastgrpo.objective import Objective
+    from fastgrpo.ops.backend import backend_report
+    from fastgrpo.reduction import global_normalizer
+
+_HOMES = {
+    "GRPOLoss": "fastgrpo.losses",
+    "GroupAdvantage": "fastgrpo.advantages",
+    "Metrics": "fastgrpo.metrics",
+    "Objective": "fastgrpo.objective",
+    "PolicyLoss": "fastgrpo.losses",
+    "TokenLogprob": "fastgrpo.functional.token_logprob",
+    "backend_report": "fastgrpo.ops.backend",
+    "checks": "fastgrpo.functional.checks",
+    "global_normalizer": "fastgrpo.reduction",
+    "group_advantage": "fastgrpo.advantages",
+    "grpo_loss": "fastgrpo.losses",
+    "kl_estimate": "fastgrpo.functional.kl_estimate",
+    "policy_loss": "fastgrpo.losses",
+    "token_logprob": "fastgrpo.functional.token_logprob",
+}
+
+__all__ = [
+    "GRPOLoss",
+    "GroupAdvantage",
+    "Metrics",
+    "Objective",
+    "PolicyLoss",
+    "TokenLogprob",
+    "backend_report",
+    "checks",
+    "global_normalizer",
+    "group_advantage",
+    "grpo_loss",
+    "kl_estimate",
+    "policy_loss",
+    "token_logprob",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module when it is first asked for (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastgrpo' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

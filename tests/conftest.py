@@ -1,0 +1,24 @@
+"""Settings of every test: one CPU thread, a fixed seed, GPU tests skipped where there is no GPU."""
+
+import os
+
+# Before torch is imported: the pytest workers share the cores, and idle OpenMP threads must not spin on them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` without a CUDA device, saying so."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
