@@ -25,8 +25,7 @@ from fastgrpo.functional.token_logprob import (
 )
 from fastgrpo.metrics import Metrics
 from fastgrpo.objective import Objective
-from fastgrpo.ops import grpo_loss as grpo_loss_op
-from fastgrpo.ops import policy_loss as policy_loss_op
+from fastgrpo.ops.surrogates import run_grpo_loss, run_policy_loss
 from fastgrpo.reference.token_logprob import accumulate_dtype
 from fastgrpo.spec import METRICS
 
@@ -129,7 +128,7 @@ def policy_loss(
             flat, flat_entropy, batch.advantage, batch.mask, batch.weight, *batch.sides(), *tail
         )
     else:
-        loss, token_loss, _, data = policy_loss_op.policy_loss(
+        loss, token_loss, _, data = run_policy_loss(
             flat, batch.advantage, batch.mask, batch.weight, *batch.sides(), flat_entropy, *tail
         )
     if is_strict():
@@ -241,7 +240,7 @@ def grpo_loss(
             rows(logits), overwrite_logits, *head, *tail
         )
     else:
-        loss, token_loss, logprob, entropy, _, data = grpo_loss_op.grpo_loss(
+        loss, token_loss, logprob, entropy, _, data = run_grpo_loss(
             rows(logits), *head, *tail, logits.new_empty(0)
         )
     if is_strict():

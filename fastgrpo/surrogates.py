@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastgrpo.ops.surrogates import INLINED
 from fastgrpo.reference import SURROGATES
 
 Expression = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -31,3 +32,4 @@ def register_surrogate(name: str, jit: Any, expression: Expression) -> None:
         from fastgrpo.kernels import surrogates
 
         surrogates.register(name, jit)
+        INLINED.add(name)

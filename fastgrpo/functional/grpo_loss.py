@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgrpo.ops import grpo_loss as ops
 from fastgrpo.ops.scale_gradient import scale_gradient_
+from fastgrpo.ops.surrogates import run_grpo_loss
 
 
 class GRPOLossFunction(torch.autograd.Function):
@@ -25,7 +25,7 @@ class GRPOLossFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Run the op with a buffer for the gradient, the logits' own memory if that was agreed."""
         dlogits = logits if overwrite_logits else torch.empty_like(logits)
-        loss, token_loss, logprob, entropy, _, metrics = ops.grpo_loss(
+        loss, token_loss, logprob, entropy, _, metrics = run_grpo_loss(
             logits, token_ids, temperature, logit_params, *rest, dlogits
         )
         ctx.mark_non_differentiable(token_loss, logprob, entropy, metrics)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgrpo.ops import policy_loss as ops
+from fastgrpo.ops.surrogates import run_policy_loss
 
 
 class PolicyLossFunction(torch.autograd.Function):
@@ -32,7 +32,7 @@ class PolicyLossFunction(torch.autograd.Function):
         surrogate: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Run the op; arguments as in `fastgrpo.ops.policy_loss`, entropy second."""
-        return ops.policy_loss(
+        return run_policy_loss(
             logprob, advantage, mask, weight, old, ref, rollout, log_weight, token_weight, kl_weight,
             entropy, entropy_weight, cu_seqlens, params, spec, surrogate,
         )  # fmt: skip
@@ -63,7 +63,7 @@ class PolicyLossFunction(torch.autograd.Function):
             return (torch.where(dlogprob == 0, 0.0, dlogprob * dloss), dentropy, *(None,) * 14)
         upstream = dtoken if dloss is None else dtoken + weight * dloss
         absent = entropy_weight.new_empty(0)
-        _, _, gradient, _ = ops.policy_loss(
+        _, _, gradient, _ = run_policy_loss(
             logprob, advantage, mask, upstream.contiguous(), *sides,
             entropy, absent, cu_seqlens, params, ctx.spec, ctx.surrogate,
         )  # fmt: skip

@@ -156,6 +156,11 @@ def _launcher(target: str, device: str) -> Callable[..., object]:
     return launch
 
 
+def is_triton(op: str, device: torch.device) -> bool:
+    """Whether a Triton launcher serves this op on this device."""
+    return (op, device.type) in _state.triton
+
+
 def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
 
