@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastgrpo.objective import Objective
     from fastgrpo.ops.backend import backend_report
     from fastgrpo.reduction import global_normalizer
+    from fastgrpo.surrogates import register_surrogate
 
 _HOMES = {
     "GRPOLoss": "fastgrpo.losses",
@@ -33,6 +34,7 @@ _HOMES = {
     "grpo_loss": "fastgrpo.losses",
     "kl_estimate": "fastgrpo.functional.kl_estimate",
     "policy_loss": "fastgrpo.losses",
+    "register_surrogate": "fastgrpo.surrogates",
     "token_logprob": "fastgrpo.functional.token_logprob",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "grpo_loss",
     "kl_estimate",
     "policy_loss",
+    "register_surrogate",
     "token_logprob",
 ]
 

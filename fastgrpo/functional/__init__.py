@@ -1,0 +1,1 @@
+"""Per op: validation, the autograd function, and the documented public function."""
