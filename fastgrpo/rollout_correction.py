@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgrpo.objective import Objective
 from fastgrpo.reference.gates import Tokens, gate_closed
+from fastgrpo.reference.log_ratio import log_ratio_of
 from fastgrpo.reference.policy_loss import reduce_metrics
 from fastgrpo.spec import Between, Pool, Stat, When
 
@@ -80,7 +81,9 @@ def apply_correction(
     gates = [gate for gate in objective.gates if gate.between == "old_rollout"]
     if not old.numel() and not bypass:
         if correction is not None or gates:
-            raise ValueError("old_logprob is required by the objective's correction or gates, got None")
+            raise ValueError(
+                "old_logprob is required by the objective's correction or gates, got None"
+            )
         return Corrected(mask, old, old.new_empty(0), token_weight, kl_weight, None)
     behaviour = torch.where(rollout.isnan(), old, rollout) if old.numel() else rollout
     if bypass:
@@ -88,13 +91,15 @@ def apply_correction(
 
     absent = old.new_empty(0)
     tokens = Tokens.select(old, advantage, mask, absent, behaviour, absent, cu_seqlens)
-    log_ratio = tokens.logprob - tokens.rollout
+    difference = log_ratio_of(tokens.logprob, tokens.rollout)
     metric_mask, log_weight, weight = mask, absent, torch.ones_like(old)
     if correction is not None:
-        weight = _importance_weight(log_ratio, tokens, objective)
+        weight = _importance_weight(difference, tokens, objective)
         if objective.folds_correction:
             log_weight = torch.log(weight).clamp(objective.pool_bounds[0], objective.pool_bounds[1])
-            if correction.level != "token":  # the sequence's log-weight once, spread over its tokens
+            if (
+                correction.level != "token"
+            ):  # the sequence's log-weight once, spread over its tokens
                 log_weight = log_weight / tokens.sequence_length()
         else:
             token_weight = _times(weight, token_weight)
@@ -108,7 +113,9 @@ def apply_correction(
             When[gate.when.upper()],
             0,
         ]
-        low, high = (torch.as_tensor(x, dtype=old.dtype, device=old.device) for x in (gate.low, gate.high))
+        low, high = (
+            torch.as_tensor(x, dtype=old.dtype, device=old.device) for x in (gate.low, gate.high)
+        )
         shut = gate_closed(tokens, [int(x) for x in code], low, high, torch.full_like(low, 20.0))
         keep = (~shut).to(old.dtype)
         if gate.scope == "mask":
@@ -118,7 +125,13 @@ def apply_correction(
         if gate.scope == "policy_and_kl":
             kl_weight = _times(keep, kl_weight)
     rows = torch.stack(
-        [weight, weight * weight, log_ratio.abs(), -log_ratio, torch.expm1(log_ratio) - log_ratio]
+        [
+            weight,
+            weight * weight,
+            difference.abs(),
+            -difference,
+            torch.expm1(difference) - difference,
+        ]
     )
     metrics = reduce_metrics(rows.double(), metric_mask)
     return Corrected(mask, old, log_weight, token_weight, kl_weight, (ROLLOUT_METRICS, metrics))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgrpo.reference.log_ratio import log_ratio_of
 from fastgrpo.spec import Between, Pool, Stat, When
 
 
@@ -59,7 +60,7 @@ class Tokens(NamedTuple):
 
 def gate_statistic(tokens: Tokens, stat: int, other: Tensor, d_clamp: Tensor) -> Tensor:
     """Statistic of (policy, other) at each token; see `fastgrpo.spec.Stat`."""
-    u = torch.clamp(tokens.logprob - other, -d_clamp, d_clamp)
+    u = torch.clamp(log_ratio_of(tokens.logprob, other), -d_clamp, d_clamp)
     if stat == Stat.RATIO:
         return torch.exp(u)
     if stat == Stat.K1:

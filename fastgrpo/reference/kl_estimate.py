@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastgrpo.reference.log_ratio import log_ratio_of
 from fastgrpo.spec import Estimator, KLGrad
 
 
@@ -21,7 +22,7 @@ def kl_terms(
     delta = target - logprob, clamped to +-clamp_in; k1 = -delta, k2 = delta^2 / 2, k3 = exp(delta) - 1 - delta (by
     expm1), abs = |delta|, clamped to +-clamp_out. A clamped value has derivative 0.
     """
-    raw = target - logprob
+    raw = log_ratio_of(target, logprob)
     clamped = raw.abs() > clamp_in
     delta = torch.clamp(raw, -clamp_in, clamp_in)
     if estimator == Estimator.K1:
@@ -34,10 +35,10 @@ def kl_terms(
         value, slope = delta.abs(), -torch.sign(delta)
     outside = value.abs() > clamp_out
     value = torch.clamp(value, -clamp_out, clamp_out)
+    acted = clamped | outside
     if gradient == KLGrad.K2:
-        slope = torch.where(clamped, 0.0, -delta)
-    else:
-        slope = torch.where(clamped | outside, 0.0, slope)
+        slope, outside = -delta, torch.zeros_like(outside)
+    slope = torch.where(clamped | outside, 0.0, slope)
     through_ratio = torch.zeros_like(value)
     if gradient == KLGrad.RATIO:
         value, slope = ratio * value, ratio * slope
@@ -45,7 +46,7 @@ def kl_terms(
     elif gradient == KLGrad.RATIO_DETACHED:
         weight = torch.minimum(ratio, ratio_cap)
         value, slope = weight * value, weight * slope
-    return value, slope, through_ratio, clamped | outside
+    return value, slope, through_ratio, acted
 
 
 def kl_estimate(
@@ -57,7 +58,7 @@ def kl_estimate(
     gradient: int,
 ) -> tuple[Tensor, Tensor]:  # value [N], d value / d logprob [N]
     """KL estimate per token and its derivative; the ratio modes use exp(logprob - old)."""
-    ratio = torch.exp(logprob - old) if old.numel() else torch.ones_like(logprob)
+    ratio = torch.exp(log_ratio_of(logprob, old)) if old.numel() else torch.ones_like(logprob)
     clamp_in, clamp_out, ratio_cap = params.unbind()
     value, slope, through_ratio, _ = kl_terms(
         logprob, ref, ratio, clamp_in, clamp_out, ratio_cap, estimator, gradient

@@ -1,6 +1,6 @@
 """The policy loss of every GRPO-family objective with its derivative: eager specification.
 
-Per live token t of sequence i, with d = logprob - old (clamped), s = d or its mean or sum over the sequence, r = exp(s):
+Per live token t, with d = logprob - old (clamped), s = d or its mean or sum over the sequence, r = exp(s):
 
     token_loss = token_weight * gate * policy(r, A) + kl_weight * beta * kl
     loss       = sum_t weight_t * token_loss_t - entropy_weight_t * entropy_t
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastgrpo.reference.gates import Tokens, gate_closed
 from fastgrpo.reference.kl_estimate import kl_terms
+from fastgrpo.reference.log_ratio import log_ratio_of
 from fastgrpo.spec import (
     METRICS,
     PARAMS,
@@ -141,9 +142,9 @@ def policy_loss(
     p = dict(zip(PARAMS, params, strict=False))
     tokens = Tokens.select(logprob, advantage, mask, old, rollout, entropy, cu_seqlens)
     live, zero = tokens.live, torch.zeros_like(tokens.logprob)
-    raw = tokens.logprob - tokens.old
-    log_ratio, share, clamped = _pooled_log_ratio(raw, log_weight, tokens, p, spec[0])
-    term = _policy_term(log_ratio, tokens, p, spec, surrogate)
+    raw = log_ratio_of(tokens.logprob, tokens.old)
+    pooled, share, clamped = _pooled_log_ratio(raw, log_weight, tokens, p, spec[0])
+    term = _policy_term(pooled, tokens, p, spec, surrogate)
 
     closed, closed_kl = _gates(tokens, params, spec)
 
@@ -160,7 +161,7 @@ def policy_loss(
     token_loss = policy
     if spec[4] != Estimator.NONE and target.numel():
         kl, slope, kl_ratio, clamped_kl = kl_terms(
-            tokens.logprob, torch.where(live, target, 0.0), torch.exp(log_ratio),
+            tokens.logprob, torch.where(live, target, 0.0), torch.exp(pooled),
             p["kl_clamp_in"], p["kl_clamp_out"], p["kl_ratio_cap"], spec[4], spec[5],
         )  # fmt: skip
         off = closed_kl | (p["beta"] == 0)  # selected, so that beta = 0 removes an infinite KL too
@@ -190,7 +191,7 @@ def policy_loss(
     finite = tokens.logprob.isfinite() & tokens.old.isfinite() & token_loss.isfinite()
     if target.numel():
         finite = finite & torch.where(live, target, 0.0).isfinite()
-    rows = _clip_rows(torch.exp(log_ratio), tokens.advantage, p) | {
+    rows = _clip_rows(torch.exp(pooled), tokens.advantage, p) | {
         "policy_loss": policy,
         "kl": kl,
         "coefficient": torch.where(closed, 0.0, term.gain),

@@ -81,8 +81,8 @@ def token_logprob_bwd(
 ) -> Tensor:  # dlogits [N, V], dtype of logits
     """Gradient with respect to the logits.
 
-    dx_j = dlogprob * (1[j = t] - p_j) - dentropy * p_j * (log p_j + entropy), with 1 - p_t = -expm1(logprob). Rows whose
-    two upstream gradients are exactly 0 are 0; a target of probability 0 passes no gradient through its log-prob.
+    dx_j = dlogprob * (1[j = t] - p_j) - dentropy * p_j * (log p_j + entropy), with 1 - p_t = -expm1(logprob). Rows
+    whose two upstream gradients are exactly 0 are 0; a target of probability 0 passes no gradient through its log-prob.
     """
     zeros = torch.zeros_like(logprob)
     dlogprob = torch.where(logprob == -torch.inf, 0.0, dlogprob) if dlogprob.numel() else zeros
