@@ -1,6 +1,7 @@
 """From the arguments of a loss to the flat tensors that its op takes: validation, reduction weights, corrections."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from fastgrpo.functional.checks import (
 )
 from fastgrpo.functional.numbers import number_tensor
 from fastgrpo.objective import Objective
-from fastgrpo.reduction import padded_offsets, reduction_weight, spread
+from fastgrpo.reduction import Layout, reduction_weight
 from fastgrpo.rollout_correction import apply_correction
 
 
@@ -75,32 +76,41 @@ def sequence_shape(shape: torch.Size, cu_seqlens: Tensor | None, name: str) -> N
     """Raise unless the tokens are padded [B, T], or packed [N] with cu_seqlens."""
     if cu_seqlens is None and len(shape) != 2:
         raise ValueError(
-            f"{name} must hold padded [B, T] tokens, or packed [N] tokens with cu_seqlens, got token shape {tuple(shape)}"
+            f"{name} must hold padded [B, T] tokens, or packed [N] tokens with cu_seqlens, got {tuple(shape)}"
         )
     if cu_seqlens is not None and len(shape) != 1:
-        raise ValueError(f"{name} must hold packed [N] tokens when cu_seqlens is given, got token shape {tuple(shape)}")
+        raise ValueError(
+            f"{name} must hold packed [N] tokens when cu_seqlens is given, got {tuple(shape)}"
+        )
 
 
-def _offsets(inputs: LossInputs, shape: torch.Size, device: torch.device) -> Tensor:
+def _layout(inputs: LossInputs, shape: torch.Size, device: torch.device) -> Layout:
     if inputs.cu_seqlens is None:
-        return padded_offsets(shape[0], shape[1], device)
-    offsets = require_tensor("cu_seqlens", inputs.cu_seqlens, (torch.int32, torch.int64), "int32 or int64")
+        return Layout.padded(shape, device)
+    offsets = require_tensor(
+        "cu_seqlens", inputs.cu_seqlens, (torch.int32, torch.int64), "int32 or int64"
+    )
     if offsets.dim() != 1 or offsets.numel() < 1:
         raise ValueError(f"cu_seqlens must have shape [B + 1], got {describe(offsets)}")
     if offsets.device != device:
-        raise ValueError(f"cu_seqlens must be on the device of the tokens ({device}), got {describe(offsets)}")
+        raise ValueError(
+            f"cu_seqlens must be on the device of the tokens ({device}), got {describe(offsets)}"
+        )
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
         host = offsets.tolist()
-        if host[0] != 0 or host[-1] != shape[0] or any(a > b for a, b in zip(host, host[1:], strict=False)):
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens ({shape[0]}), got {host[:8]}...")
-    return offsets.to(torch.int32)
+        if host[0] != 0 or host[-1] != shape[0] or any(a > b for a, b in pairwise(host)):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the number of tokens ({shape[0]}), got {host[:8]}..."
+            )
+    return Layout(shape, offsets.to(torch.int32))
 
 
 class _Flattener:
     """Checks per-token and per-sequence arguments against one shape and flattens them."""
 
-    def __init__(self, shape: torch.Size, like: Tensor, dtype: torch.dtype, offsets: Tensor) -> None:
-        self.shape, self.like, self.dtype, self.offsets = shape, like, dtype, offsets
+    def __init__(self, layout: Layout, like: Tensor, dtype: torch.dtype) -> None:
+        self.layout, self.shape = layout, layout.shape
+        self.like, self.dtype = like, dtype
 
     def absent(self) -> Tensor:
         """Return a new tensor each time: Dynamo refuses one tensor as two arguments of an autograd Function."""
@@ -115,15 +125,16 @@ class _Flattener:
 
     def per_token_or_sequence(self, name: str, value: Tensor) -> Tensor:
         self._check(name, value)
-        num_sequences = self.offsets.numel() - 1
+        num_sequences = self.layout.num_sequences
         if value.dim() == 1 and (len(self.shape) == 2 or value.shape[0] != self.shape[0]):
             rule = "one value per sequence"
-            require_shape(name, value, (num_sequences,), f"{rule}, or {tuple(self.shape)}: one per token")
-            per_sequence = value.detach().to(self.dtype)
-            if len(self.shape) == 2:
-                return per_sequence[:, None].expand(self.shape).reshape(-1)
-            return spread(per_sequence, self.offsets, self.shape[0])
-        require_shape(name, value, self.shape, f"one per token, or ({num_sequences},): one per sequence")
+            require_shape(
+                name, value, (num_sequences,), f"{rule}, or {tuple(self.shape)}: one per token"
+            )
+            return self.layout.spread(value.detach().to(self.dtype))
+        require_shape(
+            name, value, self.shape, f"one per token, or ({num_sequences},): one per sequence"
+        )
         return value.detach().reshape(-1).to(self.dtype)
 
     def _check(self, name: str, value: Tensor) -> None:
@@ -143,8 +154,8 @@ def prepare(
     objective = inputs.objective
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a fastgrpo Objective, got {describe(objective)}")
-    offsets = _offsets(inputs, shape, like.device)
-    flat = _Flattener(shape, like, dtype, offsets)
+    layout = _layout(inputs, shape, like.device)
+    flat = _Flattener(layout, like, dtype)
     mask = as_mask(inputs.mask, shape, like, "the policy").reshape(-1)
     _check_presence(inputs, has_entropy)
     if inputs.group_ids is not None:
@@ -161,10 +172,16 @@ def prepare(
         rollout=rollout,
         token_weight=flat.per_token("token_weight", inputs.token_weight),
         kl_weight=flat.per_token("kl_weight", inputs.kl_weight),
-        cu_seqlens=offsets,
+        cu_seqlens=layout.cu_seqlens,
     )
     weight = reduction_weight(
-        correction.mask, offsets, objective, inputs.normalizer, inputs.group_size, inputs.group_ids, dtype
+        correction.mask,
+        layout,
+        objective,
+        inputs.normalizer,
+        inputs.group_size,
+        inputs.group_ids,
+        dtype,
     )
     gates = any(gate.between == "theta_rollout" for gate in objective.policy_gates)
     return LossBatch(
@@ -178,7 +195,7 @@ def prepare(
         token_weight=correction.token_weight,
         kl_weight=correction.kl_weight,
         entropy_weight=weight * objective.entropy_coef if objective.entropy_coef else flat.absent(),
-        cu_seqlens=offsets,
+        cu_seqlens=layout.cu_seqlens,
         params=number_tensor(objective.params(), dtype, like.device),
         spec=objective.spec(),
         surrogate="" if objective.surrogate in ("ratio", "logp") else objective.surrogate,
@@ -196,8 +213,12 @@ def _check_presence(inputs: LossInputs, has_entropy: bool) -> None:
         gate.between != "theta_old" for gate in objective.gates
     )
     if uses_rollout and inputs.rollout_logprob is None:
-        raise ValueError("rollout_logprob is required by the objective's correction or gates, got None")
+        raise ValueError(
+            "rollout_logprob is required by the objective's correction or gates, got None"
+        )
     if objective.entropy_coef and not has_entropy:
-        raise ValueError(f"entropy is required by objective.entropy_coef = {objective.entropy_coef}, got None")
+        raise ValueError(
+            f"entropy is required by objective.entropy_coef = {objective.entropy_coef}, got None"
+        )
     if any(gate.stat == "entropy" for gate in objective.gates) and not has_entropy:
         raise ValueError("entropy is required by an entropy gate, got None")

@@ -12,20 +12,24 @@ ANY: Interval = (-INF, INF)
 
 
 def require(condition: bool, rule: str, value: object) -> None:
+    """Raise ValueError with the rule unless the condition holds."""
     if not condition:
         raise ValueError(f"{rule}, got {value!r}")
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise unless the value is one of the allowed names."""
     require(value in allowed, f"{name} must be one of {', '.join(allowed)}", value)
 
 
 def interval(name: str, value: Interval) -> None:
+    """Raise unless the value is a pair (low, high) with low <= high."""
     ok = isinstance(value, tuple) and len(value) == 2 and value[0] <= value[1]
     require(ok, f"{name} must be a pair (low, high) with low <= high", value)
 
 
 def positive_number(name: str, value: float) -> None:
+    """Raise unless the value is > 0."""
     require(value > 0, f"{name} must be > 0", value)
 
 
@@ -94,7 +98,7 @@ class Correction:
     """Weight for the mismatch between the trainer's old policy and the sampler: w = exp(old - rollout), detached.
 
     `truncate` clamps w to [low, high] (TIS); `mask` sets it to 0 outside (IcePop, MIS). Sequence levels use the sum or
-    the mean of the log-ratio. `normalize` divides by the batch mean. `bypass` uses the rollout as the old policy instead.
+    the mean of the log-ratio. `normalize` divides by the batch mean. `bypass` takes the rollout as the old policy.
     """
 
     level: Literal["token", "seq_sum", "seq_mean"] = "token"
@@ -152,7 +156,7 @@ class Reduce:
     prompt    1 / tokens of its prompt   prompts     DAPO's printed objective
     constant  1 / length                 sequences   Dr. GRPO
 
-    D is local to the call unless `normalizer` is passed to the loss. `count_empty`: sequences without a live token count.
+    D is local unless `normalizer` is passed to the loss. `count_empty`: sequences without live tokens count.
     """
 
     per: Literal["token", "sequence", "prompt", "constant"] = "sequence"

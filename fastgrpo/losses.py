@@ -260,7 +260,9 @@ def grad_scale_tensor(grad_scale: float | Tensor | None, like: Tensor, weight: T
         return default_grad_scale(like, weight)
     if isinstance(grad_scale, Tensor):
         if grad_scale.numel() != 1:
-            raise ValueError(f"grad_scale must be a number or hold one element, got {describe(grad_scale)}")
+            raise ValueError(
+                f"grad_scale must be a number or hold one element, got {describe(grad_scale)}"
+            )
         return grad_scale.detach().reshape(1).to(like.device, weight.dtype)
     if not 0 < grad_scale < float("inf"):
         raise ValueError(f"grad_scale must be > 0 and finite, got {grad_scale!r}")

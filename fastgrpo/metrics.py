@@ -38,12 +38,16 @@ class Metrics(Mapping[str, Tensor]):
 
     def _row(self, name: str) -> Tensor:
         if name not in self.names:
-            raise KeyError(f"unknown metric {name!r}; known: {', '.join([*self.names, *self.aliases()])}")
+            raise KeyError(
+                f"unknown metric {name!r}; known: {', '.join([*self.names, *self.aliases()])}"
+            )
         return self.data[self.names.index(name)]
 
     def aliases(self) -> list[str]:
         """TRL's and verl's names that this object answers to."""
-        extra = ["actor/ppo_kl"] + (["rollout/ess", "rollout/chi2"] if "rollout_weight" in self.names else [])
+        extra = ["actor/ppo_kl"] + (
+            ["rollout/ess", "rollout/chi2"] if "rollout_weight" in self.names else []
+        )
         return [alias for alias, (row, _) in ALIASES.items() if row in self.names] + extra
 
     def __getitem__(self, name: str) -> Tensor:
@@ -57,8 +61,8 @@ class Metrics(Mapping[str, Tensor]):
         if name in ALIASES:
             row, statistic = ALIASES[name]
             return self[row] if statistic == "mean" else getattr(self, statistic)(row)
-        row = self._row(name)
-        return row[0] / row[1].clamp(min=1)
+        total, count = self._row(name)[:2]
+        return total / count.clamp(min=1)
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the rows."""
@@ -87,7 +91,9 @@ class Metrics(Mapping[str, Tensor]):
     def merge(self, other: "Metrics") -> "Metrics":
         """Metrics of both batches together, exactly (unlike a mean of means)."""
         if self.names != other.names:
-            raise ValueError(f"metrics to merge must have the same rows, got {self.names} and {other.names}")
+            raise ValueError(
+                f"metrics to merge must have the same rows, got {self.names} and {other.names}"
+            )
         total = self.data[:, :2] + other.data[:, :2]
         low = torch.minimum(self.data[:, 2], other.data[:, 2])
         high = torch.maximum(self.data[:, 3], other.data[:, 3])

@@ -5,7 +5,8 @@ Per token, with d = logprob - old_logprob, s the (pooled) log-ratio and r = exp(
     token_loss = policy(r, advantage) + kl.beta * KL(policy || target)
     loss       = sum_t weight_t * token_loss_t - entropy_coef * sum_t weight_t * entropy_t
 
-`weight` comes from `reduce` alone, so no kernel knows the name of a loss. A preset is data; a new objective is one method.
+`weight` comes from `reduce` alone, so no kernel knows the name of a loss. A preset is data; a new
+objective is one method.
 """
 
 import math
@@ -78,8 +79,8 @@ class Objective:
     shape: Sigmoid | Gamma | None = None
     gates: tuple[Gate, ...] = ()
     correction: Correction | None = None
-    kl: KL = KL()
-    reduce: Reduce = Reduce()
+    kl: KL = KL()  # noqa: RUF009 (frozen)
+    reduce: Reduce = Reduce()  # noqa: RUF009 (frozen)
     entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
@@ -202,7 +203,7 @@ class Objective:
     @classmethod
     def dapo(cls, *, epsilon: float = 0.2, epsilon_high: float = 0.28, delta: float | None = None,
              beta: float = 0.0) -> "Objective":  # fmt: skip
-        """Yu et al. 2025 (arXiv 2503.14476): clip-higher, mean over tokens; `Reduce(per="prompt")` is the printed form."""
+        """Yu et al. 2025 (arXiv 2503.14476): clip-higher, mean over tokens (`Reduce(per="prompt")` as printed)."""
         return cls(
             name="dapo",
             **_clip(epsilon, epsilon_high, delta),
@@ -223,7 +224,7 @@ class Objective:
     @classmethod
     def dr_grpo(cls, max_length: int, *, epsilon: float = 0.2, epsilon_high: float | None = None,
                 beta: float = 0.0) -> "Objective":  # fmt: skip
-        """Liu et al. 2025 (arXiv 2503.20783): constant length normaliser; use `group_advantage(scale="none")` with it."""
+        """Liu et al. 2025 (arXiv 2503.20783): constant length normaliser, for advantages with scale="none"."""
         high = epsilon if epsilon_high is None else epsilon_high
         reduce = Reduce(per="constant", length=max_length)
         return cls(name="dr_grpo", **_clip(epsilon, high), kl=KL(beta=beta), reduce=reduce)

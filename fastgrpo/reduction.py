@@ -1,5 +1,7 @@
 """From an objective's `Reduce` to the weight of each token: every published reduction is a per-sequence factor."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -8,27 +10,52 @@ from fastgrpo.functional.checks import describe, require_shape
 from fastgrpo.objective import Objective
 
 
-def sequence_lengths(mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Live tokens of each sequence, [B] int64, from a flat mask."""
-    running = torch.nn.functional.pad(mask.reshape(-1).cumsum(0), (1, 0))
-    bounds = running[cu_seqlens.long()]
-    return bounds[1:] - bounds[:-1]
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a batch are: padded [B, T], or packed [N] with offsets."""
+
+    shape: torch.Size
+    cu_seqlens: Tensor  # [B + 1] int32
+
+    @classmethod
+    def padded(cls, shape: torch.Size, device: torch.device) -> "Layout":
+        """Layout of [B, T] tokens."""
+        offsets = torch.arange(shape[0] + 1, dtype=torch.int32, device=device) * shape[1]
+        return cls(shape, offsets)
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return self.cu_seqlens.numel() - 1
+
+    def lengths(self, mask: Tensor) -> Tensor:
+        """Live tokens of each sequence, [B] int64, from a flat mask."""
+        if len(self.shape) == 2:
+            return mask.view(self.shape).sum(1)
+        running = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+        bounds = running[self.cu_seqlens.long()]
+        return bounds[1:] - bounds[:-1]
+
+    def spread(self, per_sequence: Tensor) -> Tensor:
+        """Give each token the value of its sequence: [B] -> [N], without a host sync."""
+        if len(self.shape) == 2:
+            return per_sequence[:, None].expand(self.shape).reshape(-1)
+        position = torch.arange(self.shape[0], device=per_sequence.device, dtype=torch.int32)
+        index = torch.searchsorted(self.cu_seqlens[1:].contiguous(), position, right=True)
+        return per_sequence[index.clamp(max=max(per_sequence.numel() - 1, 0))]
 
 
-def spread(per_sequence: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Give each token the value of its sequence: [B] -> [N], without a host sync."""
-    position = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    index = torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
-    return per_sequence[index.clamp(max=max(per_sequence.numel() - 1, 0))]
-
-
-def _prompts(num_sequences: int, group_size: int | None, group_ids: Tensor | None, like: Tensor) -> Tensor:
+def _prompts(
+    num_sequences: int, group_size: int | None, group_ids: Tensor | None, like: Tensor
+) -> Tensor:
     """[B, B] matrix, 1 where two sequences answer the same prompt."""
     if group_ids is None:
         if group_size is None:
             raise ValueError("reduce per='prompt' needs group_size or group_ids")
         if group_size < 1 or num_sequences % group_size:
-            raise ValueError(f"group_size must divide the {num_sequences} sequences, got {group_size}")
+            raise ValueError(
+                f"group_size must divide the {num_sequences} sequences, got {group_size}"
+            )
         group_ids = torch.arange(num_sequences, device=like.device) // group_size
     require_shape("group_ids", group_ids, (num_sequences,), "one id per sequence")
     return (group_ids[:, None] == group_ids[None, :]).double()
@@ -55,7 +82,7 @@ def _units(
 
 def reduction_weight(
     mask: Tensor,  # [N] bool
-    cu_seqlens: Tensor,  # [B + 1] int32
+    layout: Layout,
     objective: Objective,
     normalizer: float | Tensor | None,
     group_size: int | None,
@@ -63,18 +90,20 @@ def reduction_weight(
     dtype: torch.dtype,
 ) -> Tensor:  # [N]
     """Weight of each token in the loss; 0 where masked."""
-    factor, local = _units(sequence_lengths(mask, cu_seqlens), objective, group_size, group_ids)
+    factor, local = _units(layout.lengths(mask), objective, group_size, group_ids)
     if normalizer is None:
         denominator: Tensor | float = local.clamp(min=1)
     elif isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
-            raise ValueError(f"normalizer must be a number or hold one element, got {describe(normalizer)}")
+            raise ValueError(
+                f"normalizer must be a number or hold one element, got {describe(normalizer)}"
+            )
         denominator = normalizer.reshape(()).double()
     elif normalizer > 0:
         denominator = normalizer
     else:
         raise ValueError(f"normalizer must be > 0, got {normalizer!r}")
-    per_token = spread((factor / denominator).to(dtype), cu_seqlens, mask.numel())
+    per_token = layout.spread((factor / denominator).to(dtype))
     return torch.where(mask, per_token, 0.0)
 
 
@@ -95,14 +124,11 @@ def global_normalizer(
     if cu_seqlens is None:
         if mask.dim() != 2:
             raise ValueError(f"mask must be [B, T], or [N] with cu_seqlens, got {describe(mask)}")
-        cu_seqlens = padded_offsets(mask.shape[0], mask.shape[1], mask.device)
-    live = mask.reshape(-1) != 0
-    _, total = _units(sequence_lengths(live, cu_seqlens), objective, group_size, group_ids)
+        layout = Layout.padded(mask.shape, mask.device)
+    else:
+        layout = Layout(mask.shape, cu_seqlens)
+    lengths = layout.lengths(mask.reshape(-1) != 0)
+    _, total = _units(lengths, objective, group_size, group_ids)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total, dist.ReduceOp.SUM, group)
     return total
-
-
-def padded_offsets(num_sequences: int, length: int, device: torch.device) -> Tensor:
-    """cu_seqlens of a padded [B, T] batch."""
-    return torch.arange(num_sequences + 1, dtype=torch.int32, device=device) * length

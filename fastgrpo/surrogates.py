@@ -17,7 +17,7 @@ def register_surrogate(name: str, jit: Any, expression: Expression) -> None:
     Args:
         name: A Python identifier that is not "ratio" or "logp".
         jit: A `@triton.jit` function `(log_ratio, advantage, params) -> (value, dvalue)`, inlined on a GPU; None where
-            only the CPU is used. `params` points to the objective's `surrogate_params`: read them by `tl.load(params + k)`.
+            only the CPU is used. `params` points to the objective's `surrogate_params`: `tl.load(params + k)`.
         expression: The same as torch code `(log_ratio [N], advantage [N], params [8]) -> (value [N], dvalue [N])`.
 
     `value` is minimised; `dvalue` is its derivative with respect to the log-ratio.
@@ -26,7 +26,9 @@ def register_surrogate(name: str, jit: Any, expression: Expression) -> None:
         ValueError: The name is taken or no identifier.
     """
     if not name.isidentifier() or name in ("ratio", "logp") or name in SURROGATES:
-        raise ValueError(f"surrogate name must be a new identifier other than ratio and logp, got {name!r}")
+        raise ValueError(
+            f"surrogate name must be a new identifier other than ratio and logp, got {name!r}"
+        )
     SURROGATES[name] = expression
     if jit is not None:
         from fastgrpo.kernels import surrogates

@@ -100,7 +100,9 @@ def assert_matches_reference(
     """Compare with a float64 reference: rtol defaults to one rounding of the actual dtype, NaN and inf must agree."""
     rtol = torch.finfo(actual.dtype).eps if rtol is None else rtol
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
-    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, want {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, (
+        f"shape {tuple(actual.shape)}, want {tuple(expected.shape)}"
+    )
     special = ~expected.isfinite()
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     assert bool(same[special].all()), "NaN or infinity in one of the two only"
@@ -108,7 +110,9 @@ def assert_matches_reference(
     error = (actual - expected)[~special].abs()
     excess = error - (atol + rtol * expected[~special].abs())
     worst = float(error.max()) if error.numel() else 0.0
-    assert not bool((excess > 0).any()), f"error {worst:.3g} exceeds atol {atol:.3g} + rtol {rtol:.3g}"
+    assert not bool((excess > 0).any()), (
+        f"error {worst:.3g} exceeds atol {atol:.3g} + rtol {rtol:.3g}"
+    )
 
 
 def check_surrogate(name: str, *, params: tuple[float, ...] = (), seed: int = 0) -> None:
@@ -119,7 +123,9 @@ def check_surrogate(name: str, *, params: tuple[float, ...] = (), seed: int = 0)
     from fastgrpo.reference import SURROGATES
 
     if name not in SURROGATES:
-        raise ValueError(f"surrogate {name!r} is not registered; call fastgrpo.register_surrogate first")
+        raise ValueError(
+            f"surrogate {name!r} is not registered; call fastgrpo.register_surrogate first"
+        )
     g = torch.Generator().manual_seed(seed)
     log_ratio = torch.randn(64, dtype=torch.float64, generator=g)
     advantage = torch.randn(64, dtype=torch.float64, generator=g)

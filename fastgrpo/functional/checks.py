@@ -20,15 +20,15 @@ def _policy_from_environment() -> str:
     return policy
 
 
-_policy: ContextVar[str] = ContextVar("fastgrpo_checks", default=_policy_from_environment())
+_policy: ContextVar[str] = ContextVar("fastgrpo_checks", default=_policy_from_environment())  # noqa: B039 (a string)
 
 
 @contextmanager
 def checks(policy: str) -> Iterator[None]:
     """Choose what happens to faults in the data that no shape check can see (a NaN row, an id outside [0, V)).
 
-    "flag" (default) counts them in `metrics["fault"]`, without a sync; "strict" raises after the op, at the price of one
-    sync; "off" ignores them. In each case the faulty row alone is NaN. FASTGRPO_CHECKS sets the default.
+    "flag" (default) counts them in `metrics["fault"]`, without a sync; "strict" raises after the op, at the
+    price of one sync; "off" ignores them. In each case the faulty row alone is NaN. FASTGRPO_CHECKS sets the default.
     """
     if policy not in _POLICIES:
         raise ValueError(f"checks policy must be one of {', '.join(_POLICIES)}, got {policy!r}")
@@ -49,7 +49,7 @@ def raise_on_fault(op: str, faulty: Tensor) -> None:
     if bool(faulty.any()):
         rows = faulty.nonzero().flatten()[:5].tolist()
         raise ValueError(
-            f"{op}: {int(faulty.sum())} live token(s) have a NaN or infinite value or a token id outside the vocabulary; "
+            f"{op}: {int(faulty.sum())} live token(s) have a NaN or infinite value or an id outside the vocabulary; "
             f"first rows (flat index): {rows}"
         )
 
@@ -84,7 +84,9 @@ def require_shape(name: str, value: Tensor, shape: Sequence[int], rule: str) -> 
 def require_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
     """Raise unless both tensors are on one device."""
     if value.device != like.device:
-        raise ValueError(f"{name} must be on the device of {like_name} ({like.device}), got {describe(value)}")
+        raise ValueError(
+            f"{name} must be on the device of {like_name} ({like.device}), got {describe(value)}"
+        )
 
 
 def require_detached(name: str, value: Tensor) -> None:
@@ -95,14 +97,18 @@ def require_detached(name: str, value: Tensor) -> None:
 
 def require_number(name: str, value: object, *, above: float, rule: str) -> float:
     """Return a finite Python number greater than `above`."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(
+        value, int | float | torch.SymFloat | torch.SymInt
+    ):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
     if not (above < value < float("inf")):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
     return float(value)
 
 
-def require_token_ids(token_ids: object, shape: Sequence[int], logits: Tensor, like_name: str) -> Tensor:
+def require_token_ids(
+    token_ids: object, shape: Sequence[int], logits: Tensor, like_name: str
+) -> Tensor:
     """Return token ids as a flat int64 tensor; values are checked on the device (a bad id gives a NaN row)."""
     ids = require_tensor("token_ids", token_ids, INTEGERS, "integer")
     require_shape("token_ids", ids, shape, f"{like_name}.shape[:-1]")

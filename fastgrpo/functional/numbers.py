@@ -17,8 +17,8 @@ def _cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 def number_tensor(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return `values` as a 1-D tensor on `device`, without a host sync after the first use of a value.
 
-    A copy to a GPU from pageable memory waits for the stream, so the result is cached there. While a graph is traced, or
-    under a dispatch mode (fake tensors), the tensor is made in place.
+    A copy to a GPU from pageable memory waits for the stream, so the result is cached there. While a graph is traced,
+    or under a dispatch mode (fake tensors), the tensor is made anew.
     """
     if (
         torch.compiler.is_compiling()

@@ -63,8 +63,8 @@ class PolicyLossFunction(torch.autograd.Function):
             return (torch.where(dlogprob == 0, 0.0, dlogprob * dloss), dentropy, *(None,) * 14)
         upstream = dtoken if dloss is None else dtoken + weight * dloss
         absent = entropy_weight.new_empty(0)
-        _, _, gradient, _ = run_policy_loss(
+        _, _, recomputed, _ = run_policy_loss(
             logprob, advantage, mask, upstream.contiguous(), *sides,
             entropy, absent, cu_seqlens, params, ctx.spec, ctx.surrogate,
         )  # fmt: skip
-        return (gradient, dentropy, *(None,) * 14)
+        return (recomputed, dentropy, *(None,) * 14)

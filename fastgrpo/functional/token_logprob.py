@@ -44,7 +44,9 @@ class TokenLogprobFunction(torch.autograd.Function):
         overwrite_logits: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the forward op."""
-        return ops.token_logprob_fwd(logits, token_ids, mask, temperature, logit_params, with_entropy)
+        return ops.token_logprob_fwd(
+            logits, token_ids, mask, temperature, logit_params, with_entropy
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -63,7 +65,9 @@ class TokenLogprobFunction(torch.autograd.Function):
         ctx: Any, dlogprob: Tensor | None, dentropy: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None, None, None]:
         """Write the gradient of the logits, into their own memory if that was agreed."""
-        logits, token_ids, mask, temperature, logit_params, logprob, entropy, lse = ctx.saved_tensors
+        logits, token_ids, mask, temperature, logit_params, logprob, entropy, lse = (
+            ctx.saved_tensors
+        )
         if dlogprob is None and dentropy is None:
             return None, None, None, None, None, None, None
 
@@ -126,7 +130,11 @@ def check_logits(logits: object, overwrite_logits: bool) -> Tensor:
     logits = require_float("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {describe(logits)}")
-    if overwrite_logits and logits.numel() and rows(logits.detach()).data_ptr() != logits.data_ptr():
+    if (
+        overwrite_logits
+        and logits.numel()
+        and rows(logits.detach()).data_ptr() != logits.data_ptr()
+    ):
         raise ValueError(
             "overwrite_logits=True needs logits whose rows have one common stride and a contiguous last dimension, "
             f"got {describe(logits)} with strides {logits.stride()}"
@@ -187,7 +195,9 @@ def token_logprob(
             rows(logits), ids, live, scale, params, with_entropy, overwrite_logits
         )
     else:
-        logprob, entropy, _ = ops.token_logprob_fwd(rows(logits), ids, live, scale, params, with_entropy)
+        logprob, entropy, _ = ops.token_logprob_fwd(
+            rows(logits), ids, live, scale, params, with_entropy
+        )
     if is_strict():
         raise_on_fault("token_logprob", logprob.isnan())
     return TokenLogprob(logprob.view(shape), entropy.view(shape) if with_entropy else None)

@@ -33,14 +33,16 @@ def run_policy_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def run_grpo_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Call `fastgrpo::grpo_loss`, or its three steps with the expression of a registered surrogate in the middle."""
     logits, token_ids, temperature, logit_params, advantage, mask, weight, *sides = args[:13]
-    entropy_weight, cu_seqlens, params, grad_scale, spec, surrogate, with_entropy, dlogits = args[13:]
+    entropy_weight, cu_seqlens, params, grad_scale, *codes, with_entropy, dlogits = args[13:]
+    spec, surrogate = codes
     if _has_kernel(surrogate, "grpo_loss", logits.device):
         return grpo_loss(*args)
     row = (logits, token_ids, mask, temperature, logit_params)
     logprob, entropy, lse = token_logprob_fwd(*row, with_entropy)
+    middle: tuple[Any, ...] = (*sides, entropy, entropy_weight, cu_seqlens, params, spec, surrogate)
     loss, token_loss, dlogprob, metrics = reference.policy_loss(
-        logprob, advantage, mask, weight, *sides, entropy, entropy_weight, cu_seqlens, params, spec, surrogate
-    )  # fmt: skip
+        logprob, advantage, mask, weight, *middle
+    )
     if dlogits.numel():
         scale = grad_scale if grad_scale.numel() else 1.0
         dentropy = -entropy_weight * scale if entropy_weight.numel() else entropy_weight

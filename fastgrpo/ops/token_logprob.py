@@ -17,7 +17,9 @@ def token_logprob_fwd(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return logprob [N], entropy [N] or [0], lse [N] (logit units)."""
-    return reference.token_logprob_fwd(logits, token_ids, mask, temperature, logit_params, with_entropy)
+    return reference.token_logprob_fwd(
+        logits, token_ids, mask, temperature, logit_params, with_entropy
+    )
 
 
 @token_logprob_fwd.register_fake
