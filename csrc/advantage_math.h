@@ -9,7 +9,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #ifdef __CUDACC__
 #define FASTGRPO_HD __host__ __device__ inline
@@ -56,7 +55,7 @@ FASTGRPO_HD bool is_nan(double x) { return x != x; }
 FASTGRPO_HD bool is_infinite(double x) { return fabs(x) > 1.7976931348623157e308; }
 FASTGRPO_HD bool is_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
 FASTGRPO_HD double infinity() { return HUGE_VAL; }
-FASTGRPO_HD double not_a_number() { return std::numeric_limits<double>::quiet_NaN(); }
+FASTGRPO_HD double not_a_number() { return nan(""); }
 
 // Positions [begin, end) of one group and the rows they stand for. Both are clamped: bad ids must not become addresses.
 struct Members {

@@ -75,9 +75,9 @@ struct AdvantageTensors {
     std = torch::stable::new_empty(reward, {rows});
     is_degenerate = torch::stable::new_empty(reward, {rows}, ScalarType::Bool);
     active_index = torch::stable::new_empty(reward, {rows}, ScalarType::Long);
-    counts = torch::stable::new_zeros(reward, {kAdvantageCounts}, ScalarType::Long);
+    counts = torch::stable::new_empty(reward, {kAdvantageCounts}, ScalarType::Long);
     score = torch::stable::new_empty(reward, {rows}, ScalarType::Double);
-    batch = torch::stable::new_zeros(reward, {kAdvantageBatch}, ScalarType::Double);
+    batch = torch::stable::new_empty(reward, {kAdvantageBatch}, ScalarType::Double);
   }
 
   template <typename T>

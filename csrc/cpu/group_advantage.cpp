@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+
 #include "../advantage_grad.h"
 #include "../advantage_math.h"
 #include "../group_advantage_args.h"
@@ -45,6 +47,7 @@ void forward(const AdvantageInput<T>& in, const AdvantageRule& rule, const Advan
   double* batch = mutable_pointer<double>(out.batch);
   int64_t* counts = mutable_pointer<int64_t>(out.counts);
   const AdvantageOutput<T> pointers = out.pointers<T>();
+  std::fill_n(batch, kAdvantageBatch, 0.0);
   for_each_group(in, [&](int64_t group) {
     combine_rewards(team, in, rule, group, score);
     if (!rule.needs_batch()) assign_advantage(team, in, rule, group, score, batch, pointers);
