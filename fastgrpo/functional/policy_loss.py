@@ -49,7 +49,7 @@ class PolicyLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dloss: Tensor | None, dtoken: Tensor | None, *_: Tensor | None
+        ctx: Any, dloss: Tensor | None, dtoken: Tensor | None, *unused: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Scale the stored derivative; a per-token upstream gradient takes the place of the weights."""
         dlogprob, logprob, entropy, advantage, mask, weight, *middle = ctx.saved_tensors
