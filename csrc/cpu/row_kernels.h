@@ -12,6 +12,9 @@
 
 namespace fastgrpo {
 
+inline constexpr double kLog2E = 1.4426950408889634;
+inline constexpr double kLn2 = 0.6931471805599453;
+
 using BFloat16 = torch::headeronly::BFloat16;
 using Half = torch::headeronly::Half;
 

@@ -70,13 +70,12 @@ inline TokenStats token_stats(RowStats others, double v_token, const RowMap& map
   if (others.max == -kInf) {  // no other column has any probability
     return v_token == -kInf ? TokenStats{kNaN, kNaN, kNaN} : TokenStats{0, 0, v_token};
   }
-  const double rate = map.scale * 1.4426950408889634, ln2 = 0.6931471805599453;
   const double log_sum = std::log(others.sum);
   if (v_token == -kInf) {
-    return {-kInf, log_sum - ln2 * (others.moment / others.sum), others.max + log_sum / map.scale};
+    return {-kInf, log_sum - kLn2 * (others.moment / others.sum), others.max + log_sum / map.scale};
   }
   const double logprob = 0.0 - softplus((others.max - v_token) * map.scale + log_sum);
-  const double y = (v_token - others.max) * rate;
+  const double y = (v_token - others.max) * map.scale * kLog2E;
   double sum, moment;
   if (y > 0) {  // the token is the new maximum
     const double factor = std::exp2(-y);
@@ -89,7 +88,7 @@ inline TokenStats token_stats(RowStats others, double v_token, const RowMap& map
     moment = others.moment + (e == 0 ? 0 : e * y);
   }
   const double log_total = std::log(sum);
-  return {logprob, log_total - ln2 * (moment / sum), others.max + log_total / map.scale};
+  return {logprob, log_total - kLn2 * (moment / sum), others.max + log_total / map.scale};
 }
 
 template <class T>
@@ -140,15 +139,14 @@ void write_row_gradient(const TokenRows<T>& rows, int64_t row, TokenGrad g, T* o
   const int64_t token = rows.token_ids[row];
   const RowMap map = rows.map(row);
   const double v_token = TokenRows<T>::value(z[token], map);
-  const double ln2 = 0.6931471805599453, log2e = 1.4426950408889634;
   // log p is measured from the token, whose log-prob has more digits than lse; from lse where the token has none.
   const bool from_token = g.logprob != -kInf;
   const double dx_dz = map.cap == 0 ? map.scale : map.scale * map.cap;
   const RowGrad grad{
       from_token ? v_token : g.lse / rows.unit(),
-      from_token ? g.logprob * log2e : 0.0,
+      from_token ? g.logprob * kLog2E : 0.0,
       -(g.dlogprob + g.dentropy * g.entropy) * dx_dz,
-      -(g.dentropy * ln2) * dx_dz,
+      -(g.dentropy * kLn2) * dx_dz,
   };
   rows.kernels.write_grad(z, out, width, map, grad);
   if (from_token) {
