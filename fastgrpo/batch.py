@@ -10,6 +10,7 @@ from fastgrpo.functional.checks import (
     INTEGERS,
     as_mask,
     describe,
+    flatten,
     require_detached,
     require_device,
     require_float,
@@ -121,7 +122,7 @@ class _Flattener:
             return self.absent()
         self._check(name, value)
         require_shape(name, value, self.shape, "one value per token")
-        return value.detach().reshape(-1).to(self.dtype)
+        return flatten(value.detach(), self.dtype)
 
     def per_token_or_sequence(self, name: str, value: Tensor) -> Tensor:
         self._check(name, value)
@@ -135,7 +136,7 @@ class _Flattener:
         require_shape(
             name, value, self.shape, f"one per token, or ({num_sequences},): one per sequence"
         )
-        return value.detach().reshape(-1).to(self.dtype)
+        return flatten(value.detach(), self.dtype)
 
     def _check(self, name: str, value: Tensor) -> None:
         require_float(name, value)
@@ -156,7 +157,7 @@ def prepare(
         raise TypeError(f"objective must be a fastgrpo Objective, got {describe(objective)}")
     layout = _layout(inputs, shape, like.device)
     flat = _Flattener(layout, like, dtype)
-    mask = as_mask(inputs.mask, shape, like, "the policy").reshape(-1)
+    mask = flatten(as_mask(inputs.mask, shape, like, "the policy"), torch.bool)
     _check_presence(inputs, has_entropy)
     if inputs.group_ids is not None:
         require_tensor("group_ids", inputs.group_ids, INTEGERS, "integer")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastgrpo.batch import LossBatch, LossInputs, prepare, sequence_shape
 from fastgrpo.functional.checks import (
     describe,
+    flatten,
     is_strict,
     raise_on_fault,
     require_device,
@@ -119,8 +120,8 @@ def policy_loss(
         cu_seqlens=cu_seqlens,
     )
     batch = prepare(inputs, shape, logprob, dtype, entropy is not None)
-    flat = logprob.reshape(-1).to(dtype)
-    flat_entropy = flat.new_empty(0) if entropy is None else entropy.reshape(-1).to(dtype)
+    flat = flatten(logprob, dtype)
+    flat_entropy = flat.new_empty(0) if entropy is None else flatten(entropy, dtype)
     tail = (batch.entropy_weight, batch.cu_seqlens, batch.params, batch.spec, batch.surrogate)
     needs_grad = torch.is_grad_enabled() and (flat.requires_grad or flat_entropy.requires_grad)
     if needs_grad:

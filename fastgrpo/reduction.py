@@ -39,7 +39,7 @@ class Layout:
     def spread(self, per_sequence: Tensor) -> Tensor:
         """Give each token the value of its sequence: [B] -> [N], without a host sync."""
         if len(self.shape) == 2:
-            return per_sequence[:, None].expand(self.shape).reshape(-1)
+            return per_sequence[:, None].expand(self.shape).reshape(-1).contiguous()
         position = torch.arange(self.shape[0], device=per_sequence.device, dtype=torch.int32)
         index = torch.searchsorted(self.cu_seqlens[1:].contiguous(), position, right=True)
         return per_sequence[index.clamp(max=max(per_sequence.numel() - 1, 0))]

@@ -106,6 +106,11 @@ def require_number(name: str, value: object, *, above: float, rule: str) -> floa
     return float(value)
 
 
+def flatten(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return contiguous [N] values; `reshape` alone may return a strided view (of one row, or of an expanded tensor)."""
+    return value.reshape(-1).to(dtype).contiguous()
+
+
 def require_token_ids(
     token_ids: object, shape: Sequence[int], logits: Tensor, like_name: str
 ) -> Tensor:
@@ -113,7 +118,7 @@ def require_token_ids(
     ids = require_tensor("token_ids", token_ids, INTEGERS, "integer")
     require_shape("token_ids", ids, shape, f"{like_name}.shape[:-1]")
     require_device("token_ids", ids, logits, like_name)
-    return ids.reshape(-1).to(torch.int64)
+    return flatten(ids, torch.int64)
 
 
 def as_mask(mask: object, shape: Sequence[int], like: Tensor, like_name: str) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgrpo.functional.checks import (
+    flatten,
     require_detached,
     require_device,
     require_float,
@@ -83,7 +84,7 @@ def kl_estimate(
         require_shape(name, value, logprob.shape, "the shape of logprob")
         require_device(name, value, logprob, "logprob")
         require_detached(name, value)
-        return value.detach().reshape(-1).to(dtype)
+        return flatten(value.detach(), dtype)
 
     estimators = {name: Estimator[name.upper()] for name in ("k1", "k2", "k3", "abs")}
     gradients = {mode.name.lower(): mode for mode in KLGrad}
@@ -97,7 +98,7 @@ def kl_estimate(
             raise ValueError(f"{name} must be None or > 0, got {limit!r}")
     numbers = [float("inf") if limit is None else limit for limit in limits.values()]
     params = number_tensor(numbers, dtype, logprob.device)
-    flat = logprob.reshape(-1).to(dtype)
+    flat = flatten(logprob, dtype)
     ref = side("ref_logprob", ref_logprob)
     old = flat.new_empty(0) if old_logprob is None else side("old_logprob", old_logprob)
     codes = (int(estimators[estimator]), int(gradients[gradient]))

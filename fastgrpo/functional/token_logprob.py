@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from fastgrpo.functional.checks import (
     as_mask,
     describe,
+    flatten,
     is_strict,
     raise_on_fault,
     require_detached,
@@ -102,7 +103,7 @@ def temperature_tensor(temperature: float | Tensor, shape: torch.Size, like: Ten
             return temperature.reshape(1).to(like.device, dtype)
         require_shape("temperature", temperature, shape, "a number, or one value per token")
         require_device("temperature", temperature, like, "the logits")
-        return temperature.reshape(-1).to(dtype)
+        return flatten(temperature, dtype)
     require_number("temperature", temperature, above=0.0, rule="> 0 and finite")
     return number_tensor([temperature], dtype, like.device)
 
@@ -187,7 +188,7 @@ def token_logprob(
     ids = require_token_ids(token_ids, shape, logits, "logits")
     live = logits.new_empty(0, dtype=torch.bool)
     if mask is not None:
-        live = as_mask(mask, shape, logits, "logits").reshape(-1)
+        live = flatten(as_mask(mask, shape, logits, "logits"), torch.bool)
     scale = temperature_tensor(temperature, shape, logits)
     params = logit_params_tensor(logit_scale, logit_softcap, logits)
     if torch.is_grad_enabled() and logits.requires_grad:

@@ -1,0 +1,1 @@
+"""Tests of the public ops on whatever kernel the dispatcher serves."""

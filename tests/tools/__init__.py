@@ -1,0 +1,1 @@
+"""Campaigns longer than a test run: `python -m tests.tools.fuzz`, `python -m tests.tools.mutants`."""
