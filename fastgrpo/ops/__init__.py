@@ -7,6 +7,7 @@ from fastgrpo.ops import (
     kl_estimate,
     policy_loss,
     scale_gradient,
+    segment_scan,
     token_logprob,
 )
 
@@ -17,6 +18,7 @@ __all__ = [
     "kl_estimate",
     "policy_loss",
     "scale_gradient",
+    "segment_scan",
     "token_logprob",
 ]
 

@@ -4,6 +4,7 @@ from fastgrpo.reference.group_advantage import group_advantage_bwd, group_advant
 from fastgrpo.reference.grpo_loss import grpo_loss
 from fastgrpo.reference.kl_estimate import kl_estimate
 from fastgrpo.reference.policy_loss import SURROGATES, policy_loss
+from fastgrpo.reference.segment_scan import segment_scan
 from fastgrpo.reference.token_logprob import token_logprob_bwd, token_logprob_fwd
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "grpo_loss",
     "kl_estimate",
     "policy_loss",
+    "segment_scan",
     "token_logprob_bwd",
     "token_logprob_fwd",
 ]
