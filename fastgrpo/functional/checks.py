@@ -107,7 +107,7 @@ def require_number(name: str, value: object, *, above: float, rule: str) -> floa
 
 
 def flatten(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return contiguous [N] values; `reshape` alone may return a strided view (of one row, or of an expanded tensor)."""
+    """Return contiguous [N] values; `reshape` alone may return a strided view (of one row or an expanded tensor)."""
     return value.reshape(-1).to(dtype).contiguous()
 
 

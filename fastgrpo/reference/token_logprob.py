@@ -68,6 +68,13 @@ def token_logprob_fwd(
     return settle(logprob), settle(torch.log(total) - weighted / total), lse
 
 
+def _log_softmax(u: Tensor, c: Tensor, u_target: Tensor, logprob: Tensor, lse: Tensor) -> Tensor:
+    """log p [N, V] relative to the target or to lse, whichever rounds less: at u = 1e37 lse has lost log(sum)."""
+    by_target = logprob.abs() < (lse * c).abs()
+    origin = torch.where(by_target, u_target, lse)
+    return (u - origin) * c + torch.where(by_target, logprob, 0.0)
+
+
 def token_logprob_bwd(
     logits: Tensor,  # [N, V]
     token_ids: Tensor,  # [N]
@@ -90,7 +97,7 @@ def token_logprob_bwd(
     entropy = entropy if entropy.numel() else zeros
     target = token_ids.clamp(0, logits.shape[1] - 1).unsqueeze(1)
     u, c, dx_dz = _units(logits, temperature, logit_params)
-    log_p = (u - lse.unsqueeze(1)) * c
+    log_p = _log_softmax(u, c, u.gather(1, target), logprob.unsqueeze(1), lse.unsqueeze(1))
     p = torch.exp(log_p)
     pushed_down = -dlogprob.unsqueeze(1) * p
     pushed_down.scatter_(1, target, (-dlogprob * torch.expm1(logprob)).unsqueeze(1))

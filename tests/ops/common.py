@@ -1,4 +1,4 @@
-"""What the op tests share: two ways from logits to a loss, the float64 reference, plain formulas, derived tolerances."""
+"""What the op tests share: two ways from logits to a loss, the float64 reference, plain formulas."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo import Objective, grpo_loss, policy_loss, token_logprob, reference
+from fastgrpo import Objective, grpo_loss, policy_loss, reference, token_logprob
 from fastgrpo.batch import LossInputs, prepare
 from fastgrpo.choices import KL, Correction, Gate, Reduce
 from fastgrpo.functional.token_logprob import logit_params_tensor, rows, temperature_tensor

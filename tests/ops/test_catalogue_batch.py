@@ -1,4 +1,4 @@
-"""Failure catalogue N9-N15 and N28's valid forms: empty and masked batches, garbage in masked slots, ids, strides, dtypes."""
+"""Failure catalogue N9-N15, and N28's valid forms: empty and masked batches, masked garbage, ids, strides, dtypes."""
 
 import pytest
 import torch
@@ -118,7 +118,7 @@ def test_N11_masked_entropy_garbage():
     assert all(bitwise_equal(a, b) for a, b in zip(*results, strict=True))
 
 
-# -100 and -1 are ignore indices and pad markers; V is off by one; 2^31 and -2^31 overflow 32 bits; 2^62 overflows a byte offset.
+# -100 and -1 mark padding elsewhere; V is off by one; +-2^31 overflow 32 bits; 2^62 overflows a byte offset.
 BAD_IDS = [-100, -1, 37, 2**31, -(2**31), 2**62]
 
 
@@ -150,8 +150,7 @@ def test_N12_integer_types_of_ids(dtype):
 
 def layouts(logits):
     """The same values in layouts that trainers produce."""
-    batch, length, vocabulary = logits.shape
-    n = logits.numel()
+    vocabulary, n = logits.shape[-1], logits.numel()
     yield "contiguous", logits
     yield "[B, V, T] transposed", logits.transpose(1, 2).contiguous().transpose(1, 2)
     yield "[T, B, V] transposed", logits.transpose(0, 1).contiguous().transpose(0, 1)

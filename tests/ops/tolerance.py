@@ -3,7 +3,7 @@
 With eps the unit of the accumulation dtype (float32, or float64 for float64 logits) and |x| the largest scaled logit:
 
     logprob, lse   4 eps |x|                 x is rounded once or twice before it is exponentiated
-    entropy        4 eps |x| (1 + spread)    sum of p_j (x_j - m): the same roundings times |x_j - m| where p_j is not small
+    entropy        4 eps |x| (1 + H)         sum of p_j (x_j - m): the same roundings times the log-probs that p weighs
     ratio          relative 2 d(logprob)     exp turns an absolute error of the log-prob into a relative one
     dlogits        one rounding of its dtype, plus |g| (4 eps |x| + d(ratio)) scale / T for upstream gradient g
 """
