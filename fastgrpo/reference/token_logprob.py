@@ -69,7 +69,7 @@ def token_logprob_fwd(
 
 
 def _log_softmax(u: Tensor, c: Tensor, u_target: Tensor, logprob: Tensor, lse: Tensor) -> Tensor:
-    """log p [N, V] relative to the target or to lse, whichever rounds less: at u = 1e37 lse has lost log(sum)."""
+    """Log p [N, V] relative to the target or to lse, whichever rounds less: at u = 1e37 lse has lost log(sum)."""
     by_target = logprob.abs() < (lse * c).abs()
     origin = torch.where(by_target, u_target, lse)
     return (u - origin) * c + torch.where(by_target, logprob, 0.0)
