@@ -1,20 +1,26 @@
-# Everything runs in .venv, made here from python3; needs a C++ compiler and make.
-#   make train      train the default job        make test       lint, static GPU checks, all tests
-#   make build      recompile csrc/ in place     make test-full  the slow tests as well
-# TORCH_INDEX=<url> takes torch from another index, for instance one with its smaller CPU build.
+# Everything happens in .venv, made here from python3; a C++ compiler and make are the only other needs.
+#
+#   make train      train the default job                 make build      recompile what changed in csrc/
+#   make test       lint, static GPU checks, all tests    make test-full  the slow tests as well
+#
+# TORCH_INDEX=<url>  takes torch from another index, for instance one with its smaller CPU build
+# WORKERS=<n>        pytest processes (2)
 
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/fastgrpo.stamp
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-EXTRAS := train,integrations,bench,report,math,log,test
 WORKERS ?= 2
 
-# One thread per process: two pytest workers and their OpenMP pools would otherwise fight for the same cores.
-export OMP_NUM_THREADS ?= 1
+BIN := .venv/bin
+STAMP := .venv/fastgrpo.stamp
+EXTRAS := train,integrations,bench,report,math,log,test
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --durations=20
 
-.PHONY: env build train test test-full lint static clean
+# One thread per process: the workers and their OpenMP pools would fight for the same cores, and idle threads would spin.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := env
+.PHONY: env build train test test-full lint static pytest pytest-interpreter clean
 
 env: $(STAMP)
 
@@ -22,13 +28,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 # torch comes first and alone, so that nothing that merely depends on it chooses another version or build.
-$(STAMP): pyproject.toml setup.py constraints.txt Makefile | $(BIN)/python
+$(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) 'setuptools>=77' wheel ninja
 	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
-# Compiles only what has changed. A machine without a compiler: FASTGRPO_REQUIRE_EXT=0.
+# Without a compiler: FASTGRPO_REQUIRE_EXT=0 make ...
 build: $(STAMP)
 	@FASTGRPO_REQUIRE_EXT=$${FASTGRPO_REQUIRE_EXT:-1} $(BIN)/python setup.py --quiet build_ext --inplace
 
@@ -40,5 +46,21 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Compiles every kernel for GPUs that need not be here: registers, spills, instructions per element.
+static: build
+	$(if $(wildcard benchmarks/static_check.py),$(BIN)/python -m benchmarks.static_check)
+
+pytest: build
+	$(PYTEST) $(SELECT)
+
+# A process of its own: whether Triton interprets is decided when its functions are decorated.
+pytest-interpreter: build
+	TRITON_INTERPRET=1 $(PYTEST) $(SELECT) tests/interpreter
+
+test: lint static pytest pytest-interpreter
+
+test-full: SELECT = -m "slow or not slow"
+test-full: test
+
 clean:
-	rm -rf build dist *.egg-info fastgrpo/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info fastgrpo/*.so .mypy_cache .pytest_cache .ruff_cache

@@ -60,18 +60,16 @@ def find_ninja():
 
 
 def find_nvcc():
-    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
-    return os.environ.get("NVCC") or shutil.which("nvcc", path=os.pathsep.join(folders))
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    folders = os.pathsep.join((os.environ.get("PATH", ""), f"{home}/bin"))
+    return os.environ.get("NVCC") or shutil.which("nvcc", path=folders)
 
 
 def find_torch():
     """Folder and version module of the installed torch; read, not imported, which would take seconds."""
     spec = find_spec("torch")
     if spec is None:
-        raise LookupError(
-            "torch is not importable (install it, then build with --no-build-isolation)"
-        )
+        raise LookupError("torch is not importable (install it; use --no-build-isolation)")
     folder = Path(spec.origin).parent
     version = runpy.run_path(str(folder / "version.py"))
     if tuple(map(int, version["__version__"].split(".")[:2])) < (2, 10):
@@ -96,9 +94,8 @@ class Library(Extension):
 
     def __init__(self, name, sources, compile, link, libraries=(), required=False):
         paths = sorted(ROOT.glob(sources))
-        super().__init__(
-            f"fastgrpo.{name}", [str(p.relative_to(ROOT)) for p in paths], optional=not required
-        )
+        relative = [str(path.relative_to(ROOT)) for path in paths]
+        super().__init__(f"fastgrpo.{name}", relative, optional=not required)
         self.target = OBJECTS / f"{name}.so"
         objects = [OBJECTS / f"{source}.o" for source in self.sources]
         self.edges = [
@@ -111,17 +108,14 @@ class Library(Extension):
 
 def cuda_library(nvcc, include, libraries):
     """The architectures of SM that this nvcc knows: machine code for each, PTX of the newest for later GPUs."""
-    codes = subprocess.run(
-        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
-    ).stdout.split()
+    codes = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
     sms = [sm for sm in SM if f"sm_{sm}" in codes]
     tool = [nvcc, "-ccbin", CXX[0], "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     tool += [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in sms]
     tool += [f"-gencode=arch=compute_{sms[-1]},code=compute_{sms[-1]}"]
     compile = [*tool, "-O3", "-lineinfo", STABLE_ABI, "-DUSE_CUDA", *include, "-Xptxas", "-v"]
-    return Library(
-        "_C_cuda", "csrc/cuda/*.cu", compile, [*tool, "-shared"], libraries, required=CUDA == "1"
-    )
+    link = [*tool, "-shared"]
+    return Library("_C_cuda", "csrc/cuda/*.cu", compile, link, libraries, CUDA == "1")
 
 
 def libraries():
@@ -137,19 +131,15 @@ def libraries():
     except LookupError as reason:
         if REQUIRED:
             raise SystemExit(f"FASTGRPO_REQUIRE_EXT=1, but {reason}") from None
-        print(
-            f"fastgrpo: building a pure-Python package, without compiled kernels: {reason}",
-            file=sys.stderr,
-        )
+        sys.stderr.write(f"fastgrpo: a pure-Python package, without compiled kernels: {reason}\n")
         return []
     include, link = ["-isystem", str(folder / "include")], [*CXX, "-shared"]
     torch_cpu = [f"-L{folder / 'lib'}", "-ltorch_cpu"]
-    found = [
-        Library("_C_cpu", "csrc/cpu/*.cpp", [*CXX, *CXXFLAGS, *include], link, torch_cpu, REQUIRED)
-    ]
+    compile = [*CXX, *CXXFLAGS, *include]
+    found = [Library("_C_cpu", "csrc/cpu/*.cpp", compile, link, torch_cpu, REQUIRED)]
     python = Path(sysconfig.get_path("include"))
     if (python / "Python.h").exists():  # torch's wheel brings the headers of pybind11
-        compile = [*CXX, *CXXFLAGS, *include, "-isystem", str(python)]
+        compile = [*compile, "-isystem", str(python)]
         found.append(Library("_host", "csrc/host/*.cpp", compile, link))
     if nvcc and (CUDA == "1" or (CUDA == "auto" and version["cuda"])):
         torch_cuda = ["-ltorch_cuda"] if (folder / "lib" / "libtorch_cuda.so").exists() else []
@@ -161,12 +151,9 @@ class NinjaBuild(build_ext):
     """Setuptools decides where the libraries go; ninja makes them, and only what has changed."""
 
     def get_ext_filename(self, fullname):
-        loaded = fullname.rpartition(".")[2].startswith(
-            "_C_"
-        )  # no Python module, no ABI in its name
-        return (
-            f"{fullname.replace('.', os.sep)}.so" if loaded else super().get_ext_filename(fullname)
-        )
+        if fullname.rpartition(".")[2].startswith("_C_"):  # no Python module: no ABI in its name
+            return f"{fullname.replace('.', os.sep)}.so"
+        return super().get_ext_filename(fullname)
 
     def build_extensions(self):
         OBJECTS.mkdir(parents=True, exist_ok=True)
@@ -190,9 +177,8 @@ class TaggedWheel(bdist_wheel):
 
     def get_tag(self):
         python, abi, platform = super().get_tag()
-        built = {
-            path.name.partition(".")[0] for path in Path(self.bdist_dir).glob("**/fastgrpo/*.so")
-        }
+        files = Path(self.bdist_dir).glob("**/fastgrpo/*.so")
+        built = {path.name.partition(".")[0] for path in files}
         self.root_is_pure = not built
         if not built:
             return "py3", "none", "any"

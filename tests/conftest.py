@@ -1,6 +1,7 @@
 """Settings of every test: one CPU thread, a fixed seed, GPU tests skipped where there is no GPU."""
 
 import os
+from pathlib import Path
 
 # Before torch is imported: the pytest workers share the cores, and idle OpenMP threads must not spin on them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,6 +9,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the interpreter tests to a process of their own: they turn Triton into an interpreter for good."""
+    asked = any("interpreter" in argument for argument in config.args)
+    return True if collection_path.name == "interpreter" and not asked else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -102,6 +102,8 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             for alias in node.names:
+                if (node.module, alias.name) == ("fastgrpo", "__version__"):
+                    continue
                 inner = f"{node.module}.{alias.name}"
                 yield node.lineno, inner if inner in MODULES else str(node.module)
 

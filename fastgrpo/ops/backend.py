@@ -27,7 +27,7 @@ NAMESPACE = "fastgrpo"
 BACKENDS = ("auto", "reference", "triton")
 FOLDER = Path(__file__).resolve().parent.parent
 
-# The launcher of each op, imported when the op first runs. group_advantage has none: its CUDA kernel is C++.
+# The launcher of each op, imported when the op first runs. An op that is absent here has its CUDA kernel in C++.
 LAUNCHERS = {
     "token_logprob_fwd": "fastgrpo.kernels.token_logprob:forward",
     "token_logprob_bwd": "fastgrpo.kernels.token_logprob:backward",
