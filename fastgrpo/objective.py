@@ -48,13 +48,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def _clip(low: float, high: float, dual: float | None = None) -> dict[str, Any]:
-    """PPO bounds: advantage > 0 stops at 1 + high, advantage < 0 at 1 - low (and at `dual`)."""
+def _clip(low: float, high: float, delta: float | None = None) -> dict[str, Any]:
+    """PPO bounds; `delta` caps the unclipped branch of min(r A, clip(r) A), whatever the sign of A."""
     require(0 <= low < 1, "epsilon_low must be in [0, 1)", low)
     require(high >= 0, "epsilon_high must be >= 0", high)
-    require(dual is None or dual > 1 - low, "delta must be > 1 - epsilon_low", dual)
-    stop = INF if dual is None else dual
-    return {"positive": (-INF, min(1 + high, stop)), "negative": (1 - low, stop)}
+    require(delta is None or delta > 0, "delta must be > 0", delta)
+    stop = INF if delta is None else delta
+    return {"positive": (-INF, min(1 + high, stop)), "negative": (1 - low, max(1 + high, stop))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,10 @@ class Objective:
     @classmethod
     def ppo(cls, *, epsilon: float = 0.2, dual_clip: float | None = None) -> "Objective":
         """Schulman et al. 2017 (arXiv 1707.06347); Eq. 1 of DeepSeekMath: advantages from `gae`, KL in the reward."""
-        return cls(name="ppo", **_clip(epsilon, epsilon, dual_clip))
+        cap = INF if dual_clip is None else dual_clip
+        require(cap > 1, "dual_clip must be > 1", dual_clip)
+        bounds = _clip(epsilon, epsilon) | {"negative": (1 - epsilon, cap)}
+        return cls(name="ppo", **bounds)
 
     @classmethod
     def gspo(
