@@ -256,9 +256,7 @@ def group_advantage(
     order, offsets, size = group_layout(columns.shape[0], columns, "reward", group_size, group_ids)
     layout = (weight, length, order, offsets, params)
     if torch.is_grad_enabled() and columns.requires_grad:
-        outputs = GroupAdvantageFunction.apply(  # type: ignore[no-untyped-call]
-            columns, layout, size, spec
-        )
+        outputs = GroupAdvantageFunction.apply(columns, layout, size, spec)
     else:
         outputs = ops.group_advantage_fwd(columns, *layout, size, spec)
     advantage, mean, std, is_degenerate, active_index, counts = outputs[:6]

@@ -108,7 +108,7 @@ def segment_scan(
     flat = x.to(dtype).reshape(-1).contiguous()
     factors = decay.to(dtype).reshape(-1).contiguous()
     if torch.is_grad_enabled() and flat.requires_grad:
-        y: Tensor = SegmentScanFunction.apply(flat, factors, layout.cu_seqlens, reverse)  # type: ignore[no-untyped-call]
+        y: Tensor = SegmentScanFunction.apply(flat, factors, layout.cu_seqlens, reverse)
     else:
         y = ops.segment_scan(flat, factors, layout.cu_seqlens, reverse)
     return y.view(layout.shape)

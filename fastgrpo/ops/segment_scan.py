@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastgrpo.reference import segment_scan as reference
+from fastgrpo import reference
 
 
 @torch.library.custom_op("fastgrpo::segment_scan", mutates_args=())
