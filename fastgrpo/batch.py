@@ -1,13 +1,11 @@
 """From the arguments of a loss to the flat tensors that its op takes: validation, reduction weights, corrections."""
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from fastgrpo.functional.checks import (
-    INTEGERS,
     as_mask,
     describe,
     flatten,
@@ -15,11 +13,11 @@ from fastgrpo.functional.checks import (
     require_device,
     require_float,
     require_shape,
-    require_tensor,
 )
 from fastgrpo.functional.numbers import number_tensor
 from fastgrpo.objective import Objective
-from fastgrpo.reduction import Layout, reduction_weight
+from fastgrpo.reduction import Layout, check_groups, reduction_weight
+from fastgrpo.reference import SURROGATES
 from fastgrpo.rollout_correction import apply_correction
 
 
@@ -85,27 +83,6 @@ def sequence_shape(shape: torch.Size, cu_seqlens: Tensor | None, name: str) -> N
         )
 
 
-def _layout(inputs: LossInputs, shape: torch.Size, device: torch.device) -> Layout:
-    if inputs.cu_seqlens is None:
-        return Layout.padded(shape, device)
-    offsets = require_tensor(
-        "cu_seqlens", inputs.cu_seqlens, (torch.int32, torch.int64), "int32 or int64"
-    )
-    if offsets.dim() != 1 or offsets.numel() < 1:
-        raise ValueError(f"cu_seqlens must have shape [B + 1], got {describe(offsets)}")
-    if offsets.device != device:
-        raise ValueError(
-            f"cu_seqlens must be on the device of the tokens ({device}), got {describe(offsets)}"
-        )
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
-        host = offsets.tolist()
-        if host[0] != 0 or host[-1] != shape[0] or any(a > b for a, b in pairwise(host)):
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to the number of tokens ({shape[0]}), got {host[:8]}..."
-            )
-    return Layout(shape, offsets.to(torch.int32))
-
-
 class _Flattener:
     """Checks per-token and per-sequence arguments against one shape and flattens them."""
 
@@ -144,6 +121,17 @@ class _Flattener:
         require_detached(name, value)
 
 
+def check_objective(objective: object) -> None:
+    """Raise unless this is an Objective whose surrogate exists."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be a fastgrpo Objective, got {describe(objective)}")
+    if objective.surrogate not in ("ratio", "logp", *SURROGATES):
+        raise ValueError(
+            f"objective.surrogate must be ratio, logp or a name given to fastgrpo.register_surrogate, got "
+            f"{objective.surrogate!r}"
+        )
+
+
 def prepare(
     inputs: LossInputs,
     shape: torch.Size,
@@ -153,15 +141,12 @@ def prepare(
 ) -> LossBatch:
     """Check every argument before any work and return the flat batch."""
     objective = inputs.objective
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be a fastgrpo Objective, got {describe(objective)}")
-    layout = _layout(inputs, shape, like.device)
+    check_objective(objective)
+    layout = Layout.of(shape, inputs.cu_seqlens, like.device)
     flat = _Flattener(layout, like, dtype)
     mask = flatten(as_mask(inputs.mask, shape, like, "the policy"), torch.bool)
     _check_presence(inputs, has_entropy)
-    if inputs.group_ids is not None:
-        require_tensor("group_ids", inputs.group_ids, INTEGERS, "integer")
-        require_device("group_ids", inputs.group_ids, like, "the policy's tokens")
+    check_groups(inputs.group_size, inputs.group_ids, layout.num_sequences, like)
     advantage = flat.per_token_or_sequence("advantage", inputs.advantage)
     old = flat.per_token("old_logprob", inputs.old_logprob)
     rollout = flat.per_token("rollout_logprob", inputs.rollout_logprob)

@@ -5,14 +5,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.batch import LossBatch, LossInputs, prepare, sequence_shape
+from fastgrpo.batch import LossBatch, LossInputs, check_objective, prepare, sequence_shape
 from fastgrpo.functional.checks import (
+    data_check,
     describe,
     flatten,
     is_strict,
     raise_on_fault,
     require_device,
+    require_flag,
     require_float,
+    require_number,
     require_shape,
     require_token_ids,
 )
@@ -198,6 +201,7 @@ def grpo_loss(
     Source: Shao et al. 2024 (arXiv:2402.03300), Eq. 3 and 4.
     """
     logits = check_logits(logits, overwrite_logits)
+    require_flag("with_entropy", with_entropy)
     shape = logits.shape[:-1]
     sequence_shape(shape, cu_seqlens, "logits")
     ids = require_token_ids(token_ids, shape, logits, "logits")
@@ -260,13 +264,15 @@ def grad_scale_tensor(grad_scale: float | Tensor | None, like: Tensor, weight: T
     if grad_scale is None:
         return default_grad_scale(like, weight)
     if isinstance(grad_scale, Tensor):
+        require_float("grad_scale", grad_scale)
         if grad_scale.numel() != 1:
             raise ValueError(
                 f"grad_scale must be a number or hold one element, got {describe(grad_scale)}"
             )
+        positive = (grad_scale > 0) & (grad_scale < torch.inf)
+        data_check(positive, f"grad_scale must be > 0 and finite, got {grad_scale}")
         return grad_scale.detach().reshape(1).to(like.device, weight.dtype)
-    if not 0 < grad_scale < float("inf"):
-        raise ValueError(f"grad_scale must be > 0 and finite, got {grad_scale!r}")
+    require_number("grad_scale", grad_scale, above=0.0, rule="> 0 and finite")
     return torch.full((1,), grad_scale, dtype=weight.dtype, device=like.device)
 
 
@@ -285,6 +291,7 @@ class GRPOLoss(nn.Module):
         """Keep the options; see `grpo_loss`."""
         super().__init__()
         self.objective = objective or Objective.grpo()
+        check_objective(self.objective)
         self.temperature = temperature
         self.logit_scale = logit_scale
         self.logit_softcap = logit_softcap

@@ -90,9 +90,11 @@ class Metrics(Mapping[str, Tensor]):
 
     def merge(self, other: "Metrics") -> "Metrics":
         """Metrics of both batches together, exactly (unlike a mean of means)."""
+        if not isinstance(other, Metrics):
+            raise TypeError(f"other must be Metrics, got {type(other).__name__} {other!r}")
         if self.names != other.names:
             raise ValueError(
-                f"metrics to merge must have the same rows, got {self.names} and {other.names}"
+                f"other must have the same rows as these metrics, {self.names}, got {other.names}"
             )
         total = self.data[:, :2] + other.data[:, :2]
         low = torch.minimum(self.data[:, 2], other.data[:, 2])

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastgrpo.functional.checks import describe
 from fastgrpo.ops.surrogates import INLINED
 from fastgrpo.reference import SURROGATES
 
@@ -23,12 +24,17 @@ def register_surrogate(name: str, jit: Any, expression: Expression) -> None:
     `value` is minimised; `dvalue` is its derivative with respect to the log-ratio.
 
     Raises:
+        TypeError: The name is no string, or a function cannot be called.
         ValueError: The name is taken or no identifier.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {describe(name)}")
+    if not callable(expression):
+        raise TypeError(f"expression must be a function, got {describe(expression)}")
+    if jit is not None and not callable(getattr(jit, "run", None)):
+        raise TypeError(f"jit must be a @triton.jit function or None, got {describe(jit)}")
     if not name.isidentifier() or name in ("ratio", "logp") or name in SURROGATES:
-        raise ValueError(
-            f"surrogate name must be a new identifier other than ratio and logp, got {name!r}"
-        )
+        raise ValueError(f"name must be a new identifier other than ratio and logp, got {name!r}")
     SURROGATES[name] = expression
     if jit is not None:
         from fastgrpo.kernels import surrogates

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -61,12 +62,26 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+def is_readable(value: Tensor) -> bool:
+    """Whether looking at the values costs no synchronisation and no graph break."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(value)
+
+
+def data_check(condition: Tensor, message: str) -> None:
+    """Raise if a condition on the data fails anywhere, where the data can be looked at for nothing."""
+    if is_readable(condition) and not bool(condition.all()):
+        raise ValueError(message)
+
+
 def require_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], kind: str) -> Tensor:
     """Return `value` if it is a tensor of one of the dtypes."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
         raise TypeError(f"{name} must be a {kind} tensor, got {describe(value)}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name} must be a {kind} tensor, got {describe(value)}")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor of shape {tuple(value.shape)}; pass {name}.full_tensor(), "
+            "or .to_local() where each rank holds rows of its own"
+        )
     return value
 
 
@@ -93,6 +108,13 @@ def require_detached(name: str, value: Tensor) -> None:
     """Raise on a tensor that requires grad where no gradient is ever returned."""
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} gets no gradient and must not require one; pass {name}.detach()")
+
+
+def require_flag(name: str, value: object) -> bool:
+    """Return a bool; a truthy string or tensor is a mistake."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+    return value
 
 
 def require_number(name: str, value: object, *, above: float, rule: str) -> float:
@@ -126,4 +148,7 @@ def as_mask(mask: object, shape: Sequence[int], like: Tensor, like_name: str) ->
     mask = require_tensor("mask", mask, (torch.bool, *INTEGERS), "bool or integer")
     require_shape("mask", mask, shape, f"one entry per token of {like_name}")
     require_device("mask", mask, like, like_name)
-    return mask if mask.dtype == torch.bool else mask != 0
+    if mask.dtype == torch.bool:
+        return mask
+    data_check((mask == 0) | (mask == 1), f"mask must hold 0 and 1 only, got {describe(mask)}")
+    return mask != 0

@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
-from fastgrpo.functional.checks import describe, require_device, require_shape, require_tensor
+from fastgrpo.functional.checks import (
+    data_check,
+    describe,
+    require_device,
+    require_shape,
+    require_tensor,
+)
 
-
-def data_check(condition: Tensor, message: str) -> None:
-    """Raise if a condition on the data fails, where looking at the data costs no synchronisation."""
-    if condition.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(condition):
-        raise ValueError(message)
+__all__ = ["data_check", "group_layout", "require_group_size", "require_ids"]
 
 
 def require_group_size(group_size: object) -> int:

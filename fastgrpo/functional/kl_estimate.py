@@ -11,6 +11,7 @@ from fastgrpo.functional.checks import (
     require_detached,
     require_device,
     require_float,
+    require_number,
     require_shape,
 )
 from fastgrpo.functional.numbers import number_tensor
@@ -94,8 +95,8 @@ def kl_estimate(
         raise ValueError(f"gradient must be one of {', '.join(gradients)}, got {gradient!r}")
     limits = {"clamp_in": clamp_in, "clamp_out": clamp_out, "ratio_cap": ratio_cap}
     for name, limit in limits.items():
-        if limit is not None and not limit > 0:
-            raise ValueError(f"{name} must be None or > 0, got {limit!r}")
+        if limit is not None and limit != float("inf"):
+            require_number(name, limit, above=0.0, rule="None or > 0")
     numbers = [float("inf") if limit is None else limit for limit in limits.values()]
     params = number_tensor(numbers, dtype, logprob.device)
     flat = flatten(logprob, dtype)

@@ -14,6 +14,7 @@ from fastgrpo.functional.checks import (
     raise_on_fault,
     require_detached,
     require_device,
+    require_flag,
     require_float,
     require_number,
     require_shape,
@@ -129,18 +130,22 @@ def rows(logits: Tensor) -> Tensor:
 def check_logits(logits: object, overwrite_logits: bool) -> Tensor:
     """Raise unless `logits` is [..., V] float with V >= 1, and a view that can be overwritten if it shall be."""
     logits = require_float("logits", logits)
+    require_flag("overwrite_logits", overwrite_logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {describe(logits)}")
-    if (
-        overwrite_logits
-        and logits.numel()
-        and rows(logits.detach()).data_ptr() != logits.data_ptr()
-    ):
+    if overwrite_logits and logits.numel() and not _can_overwrite(logits.detach()):
         raise ValueError(
-            "overwrite_logits=True needs logits whose rows have one common stride and a contiguous last dimension, "
-            f"got {describe(logits)} with strides {logits.stride()}"
+            "overwrite_logits=True needs logits whose rows lie apart in memory at one common stride, with a contiguous "
+            f"last dimension, got {describe(logits)} with strides {logits.stride()}"
         )
     return logits
+
+
+def _can_overwrite(logits: Tensor) -> bool:
+    """Whether the rows are a view of the logits and no two of them share memory (as after `expand`)."""
+    flat = rows(logits)
+    apart = flat.shape[0] == 1 or flat.stride(0) >= flat.shape[1]
+    return apart and flat.data_ptr() == logits.data_ptr()
 
 
 def token_logprob(
@@ -184,6 +189,7 @@ def token_logprob(
     Source: the policy term of Shao et al. 2024 (arXiv:2402.03300), Eq. 3.
     """
     logits = check_logits(logits, overwrite_logits)
+    require_flag("with_entropy", with_entropy)
     shape = logits.shape[:-1]
     ids = require_token_ids(token_ids, shape, logits, "logits")
     live = logits.new_empty(0, dtype=torch.bool)
