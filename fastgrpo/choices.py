@@ -1,7 +1,7 @@
 """The parts of an objective that have parameters of their own: shapes, gates, corrections, KL and reduction."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from fastgrpo.spec import KLGrad, Pool, Stat, When
@@ -98,13 +98,15 @@ class Correction:
     """Weight for the mismatch between the trainer's old policy and the sampler: w = exp(old - rollout), detached.
 
     `truncate` clamps w to [low, high] (TIS); `mask` sets it to 0 outside (IcePop, MIS). Sequence levels use the sum or
-    the mean of the log-ratio. `normalize` divides by the batch mean. `bypass` takes the rollout as the old policy.
+    the mean of the log-ratio, clamped to +-`log_clamp`. `normalize` divides by the mean over the batch's tokens (token
+    level) or sequences. `bypass` takes the rollout as the old policy and excludes everything else here.
     """
 
     level: Literal["token", "seq_sum", "seq_mean"] = "token"
     mode: Literal["truncate", "mask"] = "truncate"
     low: float = 0.0
     high: float = 2.0
+    log_clamp: float | None = 20.0
     normalize: bool = False
     applies_to: Literal["policy", "policy_and_kl"] = "policy"
     bypass: bool = False
@@ -116,6 +118,10 @@ class Correction:
         choice("Correction.applies_to", self.applies_to, ("policy", "policy_and_kl"))
         interval("Correction (low, high)", (self.low, self.high))
         require(self.low >= 0, "Correction.low must be >= 0", self.low)
+        limit = self.log_clamp
+        require(limit is None or limit > 0, "Correction.log_clamp must be None or > 0", limit)
+        alone = all(getattr(self, f.name) == f.default for f in fields(self) if f.name != "bypass")
+        require(alone or not self.bypass, "Correction.bypass excludes the other fields", self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,13 @@ class Objective:
         custom = self.surrogate not in ("ratio", "logp")
         require(not (custom and (bounded or self.shape is not None)),
                  "a registered surrogate does its own clipping: no bounds, no shape", self.surrogate)  # fmt: skip
+        bypass = self.correction is not None and self.correction.bypass
         live = [g for g in self.gates if g.between != "old_rollout"]
+        require(
+            not bypass or len(live) == len(self.gates),
+            "with Correction.bypass the old policy is the rollout: gate between='theta_rollout'",
+            self.gates,
+        )
         require(
             len(live) <= MAX_GATES, f"at most {MAX_GATES} gates may look at the policy", len(live)
         )

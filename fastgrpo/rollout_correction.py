@@ -47,14 +47,20 @@ def _importance_weight(log_ratio: Tensor, tokens: Tokens, objective: Objective) 
         log_ratio = tokens.sequence_sum(log_ratio)
         if correction.level == "seq_mean":
             log_ratio = log_ratio / tokens.sequence_length()
-    weight = torch.exp(log_ratio.clamp(-20.0, 20.0))
+    limit = correction.log_clamp
+    weight = torch.exp(log_ratio if limit is None else log_ratio.clamp(-limit, limit))
     if correction.mode == "truncate":
         weight = weight.clamp(correction.low, correction.high)
     else:
         weight = torch.where((weight < correction.low) | (weight > correction.high), 0.0, weight)
     if correction.normalize:
-        total = torch.where(tokens.live, weight, 0.0).sum()
-        weight = weight * tokens.live.sum() / torch.where(total > 0, total, 1.0)
+        # Every token counts once, or every sequence does, whatever its length.
+        share = (
+            torch.ones_like(weight) if correction.level == "token" else 1 / tokens.sequence_length()
+        )
+        share = torch.where(tokens.live, share, 0.0)
+        total = torch.where(tokens.live, weight * share, 0.0).sum()
+        weight = weight * share.sum() / torch.where(total > 0, total, 1.0)
     return weight
 
 
