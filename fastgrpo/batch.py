@@ -180,13 +180,25 @@ def prepare(
         log_weight=correction.log_weight,
         token_weight=correction.token_weight,
         kl_weight=correction.kl_weight,
-        entropy_weight=weight * objective.entropy_coef if objective.entropy_coef else flat.absent(),
+        entropy_weight=_entropy_weight(inputs, weight, correction.mask, layout),
         cu_seqlens=layout.cu_seqlens,
         params=number_tensor(objective.params(), dtype, like.device),
         spec=objective.spec(),
         surrogate="" if objective.surrogate in ("ratio", "logp") else objective.surrogate,
         rollout_metrics=correction.metrics,
     )
+
+
+def _entropy_weight(inputs: LossInputs, weight: Tensor, mask: Tensor, layout: Layout) -> Tensor:
+    """Weight of each token in the entropy bonus: the policy's reduction unless it has its own; [0] without a bonus."""
+    objective = inputs.objective
+    if not objective.entropy_coef:
+        return weight.new_empty(0)
+    if objective.entropy_reduce is not None:
+        own = objective.replace(reduce=objective.entropy_reduce)
+        groups = (inputs.group_size, inputs.group_ids)
+        weight = reduction_weight(mask, layout, own, None, *groups, weight.dtype)
+    return weight * objective.entropy_coef
 
 
 def _check_presence(inputs: LossInputs, has_entropy: bool) -> None:

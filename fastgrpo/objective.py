@@ -27,22 +27,8 @@ from fastgrpo.choices import (
     interval,
     require,
 )
-from fastgrpo.spec import (
-    MAX_GATES,
-    PARAMS,
-    Between,
-    Estimator,
-    KLGrad,
-    KLTarget,
-    Level,
-    Pool,
-    PoolGrad,
-    Scope,
-    Shape,
-    Stat,
-    Surrogate,
-    When,
-)
+from fastgrpo.encoding import Encoded
+from fastgrpo.spec import MAX_GATES, Level
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,12 +44,13 @@ def _clip(low: float, high: float, delta: float | None = None) -> dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(Encoded):
     """What is optimised, as independent choices; build it from a preset and `replace` fields, or field by field.
 
     `surrogate` "ratio": -A * r with the gradient stopped outside the bounds of A's sign; "logp": -A * sg(bounded r) *
     logprob with the gradient kept; any other name must be registered by `fastgrpo.register_surrogate`. Log-ratios are
     clamped to +-`d_clamp` (gradient 0 outside; the metrics count it); None turns the clamp off.
+    `entropy_reduce` gives the entropy bonus a reduction of its own, always with a local D (TRL: the mean over tokens).
     """
 
     name: str = "custom"
@@ -82,6 +69,7 @@ class Objective:
     kl: KL = KL()  # noqa: RUF009 (frozen)
     reduce: Reduce = Reduce()  # noqa: RUF009 (frozen)
     entropy_coef: float = 0.0
+    entropy_reduce: Reduce | None = None
 
     def __post_init__(self) -> None:
         """Reject what cannot be meant."""
@@ -127,11 +115,6 @@ class Objective:
         return replace(self, **changes)
 
     @property
-    def policy_gates(self) -> tuple[Gate, ...]:
-        """Gates that depend on the policy being trained: evaluated inside the kernels."""
-        return tuple(g for g in self.gates if g.between != "old_rollout")
-
-    @property
     def folds_correction(self) -> bool:
         """Whether the rollout correction enters the sequence ratio (VESPO) instead of multiplying the term."""
         return isinstance(self.shape, Gamma)
@@ -140,62 +123,6 @@ class Objective:
     def is_token_local(self) -> bool:
         """Whether a token's gradient coefficient depends on nothing but its own row."""
         return self.level == "token" and all(g.pool == "token" for g in self.policy_gates)
-
-    def spec(self) -> list[int]:
-        """Codes of the choices, the part that kernels are specialised on (see `fastgrpo.spec`)."""
-        surrogate = {"ratio": Surrogate.RATIO, "logp": Surrogate.LOGP}.get(
-            self.surrogate, Surrogate.CUSTOM
-        )
-        shape = {type(None): Shape.HARD, Sigmoid: Shape.SIGMOID, Gamma: Shape.GAMMA}[
-            type(self.shape)
-        ]
-        codes = [
-            Level[self.level.upper()],
-            PoolGrad[self.pool_grad.upper()],
-            surrogate,
-            shape,
-            Estimator[self.kl.estimator.upper()],
-            KLGrad[self.kl.gradient.upper()],
-            KLTarget[self.kl.target.upper()],
-            len(self.policy_gates),
-        ]
-        for gate in self.policy_gates:
-            codes += [
-                Stat[gate.stat.upper()],
-                Between[gate.between.upper()],
-                Pool[gate.pool.upper()],
-                When[gate.when.upper()],
-                Scope[gate.scope.upper()],
-            ]
-        return [int(code) for code in codes]
-
-    def params(self) -> list[float]:
-        """Every number of the objective in the order of `fastgrpo.spec.PARAMS`, then the gates' bounds."""
-        log_low, log_high = self.log_clip or ANY
-        values = {
-            "pos_low": self.positive[0],
-            "pos_high": self.positive[1],
-            "neg_low": self.negative[0],
-            "neg_high": self.negative[1],
-            "d_clamp": INF if self.d_clamp is None else self.d_clamp,
-            "log_low": log_low,
-            "log_high": log_high,
-            "pool_low": self.pool_bounds[0],
-            "pool_high": self.pool_bounds[1],
-            "beta": self.kl.beta,
-            "kl_clamp_in": self.kl.clamp_in or INF,
-            "kl_clamp_out": self.kl.clamp_out or INF,
-            "kl_ratio_cap": self.kl.ratio_cap,
-        }
-        if isinstance(self.shape, Sigmoid):
-            values |= {"shape_pos_a": self.shape.positive, "shape_neg_a": self.shape.negative}
-        elif isinstance(self.shape, Gamma):
-            for sign, (k, lam) in (("pos", self.shape.positive), ("neg", self.shape.negative)):
-                values |= {f"shape_{sign}_a": k, f"shape_{sign}_b": lam}
-        values |= {f"user_{k}": value for k, value in enumerate(self.surrogate_params)}
-        bounds = [limit for gate in self.policy_gates for limit in (gate.low, gate.high)]
-        bounds += [-INF, INF] * (MAX_GATES - len(self.policy_gates))
-        return [values.get(name, 0.0) for name in PARAMS] + bounds
 
     # Presets. Each carries its paper's clip bounds and reduction; beta = 0 unless asked for.
 

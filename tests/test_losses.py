@@ -358,6 +358,22 @@ def test_entropy_bonus(reduction):
     close(ours.grad, torch.where(batch.mask, gradient, 0.0), "entropy gradient")
 
 
+def test_entropy_bonus_with_a_reduction_of_its_own():
+    """TRL's bonus is a mean over tokens whatever the policy term's reduction and normaliser are."""
+    batch = make_batch(seed=7)
+    entropy = torch.rand(batch.mask.shape, dtype=torch.float64)
+    objective = Objective.dr_grpo(MAX_LENGTH).replace(
+        entropy_coef=0.05, entropy_reduce=Reduce(per="token")
+    )
+
+    def expected(b: Batch) -> tuple[Tensor, Tensor]:
+        tokens = f.ppo(b)
+        loss = f.reduce_tokens(tokens, b.mask, "constant", length=MAX_LENGTH, normalizer=13.0)
+        return tokens, loss - 0.05 * entropy[b.mask].mean()
+
+    check(batch, objective, expected, entropy=entropy, normalizer=13.0)
+
+
 def test_gradient_through_token_loss_and_loss_together():
     batch = make_batch(seed=8)
     objective = Objective.gspo(epsilon=0.4, epsilon_high=0.6)
