@@ -12,7 +12,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/fastgrpo.stamp
 EXTRAS := train,integrations,bench,report,math,log,test
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --durations=20
 
 # One thread per process: the workers and their OpenMP pools would fight for the same cores, and idle threads would spin.
@@ -29,9 +29,11 @@ $(BIN)/python:
 
 # torch comes first and alone, so that nothing that merely depends on it chooses another version or build.
 $(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(PIP) 'setuptools>=77' wheel ninja
-	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@echo 'fastgrpo: installing torch (TORCH_INDEX=<url> takes it from another index)'
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@echo 'fastgrpo: installing the libraries and compiling the kernels (a few minutes the first time)'
+	@$(PIP) --quiet 'setuptools>=77' wheel ninja
+	@$(PIP) --quiet --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
 # Without a compiler: FASTGRPO_REQUIRE_EXT=0 make ...

@@ -114,7 +114,8 @@ def _verdict(diagnosis: Diagnosis) -> str:
     text = f"slow: {len(slow)} of {len(diagnosis.report.ops)} ops have no native kernel here: {'; '.join(reasons)}."
     if "was not built" in text:
         text += " To build: pip install --no-build-isolation --force-reinstall --no-deps fastgrpo"
-        missing = [name for name in ("C++ compiler", "ninja") if diagnosis.tools[name] is None]
+        needed = ["C++ compiler", "ninja", *(["nvcc"] if "_C_cuda" in text else [])]
+        missing = [name for name in needed if diagnosis.tools[name] is None]
         text += f" (first install: {', '.join(missing)})." if missing else "."
     return text
 
