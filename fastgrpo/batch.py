@@ -71,16 +71,21 @@ class LossBatch:
         )
 
 
-def sequence_shape(shape: torch.Size, cu_seqlens: Tensor | None, name: str) -> None:
-    """Raise unless the tokens are padded [B, T], or packed [N] with cu_seqlens."""
-    if cu_seqlens is None and len(shape) != 2:
+def sequence_shape(
+    value: Tensor, cu_seqlens: Tensor | None, name: str, trailing: int = 0
+) -> torch.Size:
+    """Shape of the tokens without trailing dimensions; raises unless padded [B, T], or packed [N] with cu_seqlens."""
+    dims, rest = value.dim() - trailing, ", V" * trailing
+    if cu_seqlens is None and dims != 2:
         raise ValueError(
-            f"{name} must hold padded [B, T] tokens, or packed [N] tokens with cu_seqlens, got {tuple(shape)}"
+            f"{name} must hold padded [B, T{rest}] tokens, or packed [N{rest}] tokens with cu_seqlens, "
+            f"got {describe(value)}"
         )
-    if cu_seqlens is not None and len(shape) != 1:
+    if cu_seqlens is not None and dims != 1:
         raise ValueError(
-            f"{name} must hold packed [N] tokens when cu_seqlens is given, got {tuple(shape)}"
+            f"{name} must hold packed [N{rest}] tokens when cu_seqlens is given, got {describe(value)}"
         )
+    return value.shape[:dims]
 
 
 class _Flattener:
@@ -216,7 +221,8 @@ def _check_presence(inputs: LossInputs, has_entropy: bool) -> None:
         )
     if objective.entropy_coef and not has_entropy:
         raise ValueError(
-            f"entropy is required by objective.entropy_coef = {objective.entropy_coef}, got None"
+            f"entropy (of grpo_loss: with_entropy=True) is required by objective.entropy_coef = "
+            f"{objective.entropy_coef}, got None"
         )
     if any(gate.stat == "entropy" for gate in objective.gates) and not has_entropy:
         raise ValueError("entropy is required by an entropy gate, got None")

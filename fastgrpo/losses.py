@@ -101,8 +101,7 @@ def policy_loss(
     Source: Shao et al. 2024 (arXiv:2402.03300), Eq. 1, 3 and 4; each preset of `Objective` cites its paper.
     """
     logprob = require_float("logprob", logprob)
-    shape = logprob.shape
-    sequence_shape(shape, cu_seqlens, "logprob")
+    shape = sequence_shape(logprob, cu_seqlens, "logprob")
     dtype = accumulate_dtype(logprob.dtype)
     if entropy is not None:
         require_float("entropy", entropy)
@@ -202,8 +201,7 @@ def grpo_loss(
     """
     logits = check_logits(logits, overwrite_logits)
     require_flag("with_entropy", with_entropy)
-    shape = logits.shape[:-1]
-    sequence_shape(shape, cu_seqlens, "logits")
+    shape = sequence_shape(logits, cu_seqlens, "logits", trailing=1)
     ids = require_token_ids(token_ids, shape, logits, "logits")
     dtype = accumulate_dtype(logits.dtype)
     inputs = LossInputs(

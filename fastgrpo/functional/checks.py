@@ -76,7 +76,8 @@ def data_check(condition: Tensor, message: str) -> None:
 def require_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], kind: str) -> Tensor:
     """Return `value` if it is a tensor of one of the dtypes."""
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
-        raise TypeError(f"{name} must be a {kind} tensor, got {describe(value)}")
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise TypeError(f"{name} must be {article} {kind} tensor, got {describe(value)}")
     if hasattr(value, "full_tensor"):
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor of shape {tuple(value.shape)}; pass {name}.full_tensor(), "

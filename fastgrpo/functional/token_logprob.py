@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from fastgrpo.functional.checks import (
     as_mask,
+    data_check,
     describe,
     flatten,
     is_strict,
@@ -100,6 +101,8 @@ def temperature_tensor(temperature: float | Tensor, shape: torch.Size, like: Ten
     if isinstance(temperature, Tensor):
         require_float("temperature", temperature)
         require_detached("temperature", temperature)
+        positive = (temperature > 0) & (temperature < torch.inf)
+        data_check(positive, f"temperature must be > 0 and finite, got {describe(temperature)}")
         if temperature.numel() == 1 and temperature.dim() <= 1:
             return temperature.reshape(1).to(like.device, dtype)
         require_shape("temperature", temperature, shape, "a number, or one value per token")
