@@ -59,8 +59,9 @@ def masked_quantile(x: Tensor, mask: Tensor, quantile: float) -> Tensor:
     ordered = torch.where(live, x.detach(), torch.inf).reshape(-1).sort().values
     last = (live.sum() - 1).double()
     place = quantile * last
+    # Indexing with a 0-dim tensor would read it on the host; take does not.
     low, high = place.floor().clamp(min=0).long(), place.ceil().clamp(min=0).long()
-    value = torch.lerp(ordered[low], ordered[high], (place - low).to(x.dtype))
+    value = torch.lerp(ordered.take(low), ordered.take(high), (place - low).to(x.dtype))
     return torch.where(last >= 0, value, torch.nan)
 
 

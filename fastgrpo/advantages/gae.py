@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.functional.tokens import Tokens
 from fastgrpo.functional.checks import (
     as_mask,
     describe,
@@ -15,6 +14,7 @@ from fastgrpo.functional.checks import (
     require_number,
     require_shape,
 )
+from fastgrpo.functional.tokens import Tokens
 
 
 class GAE(NamedTuple):

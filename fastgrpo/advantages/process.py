@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.functional.checks import (
+    data_check,
     describe,
     require_device,
     require_float,
@@ -13,8 +14,8 @@ from fastgrpo.functional.checks import (
     require_tensor,
 )
 from fastgrpo.functional.group_advantage import group_advantage
-from fastgrpo.functional.groups import data_check, require_group_size, require_ids
-from fastgrpo.functional.segment_scan import segment_scan
+from fastgrpo.functional.groups import require_group_size, require_ids
+from fastgrpo.functional.segment_scan import check_ends, segment_scan
 
 _INTEGERS = ((torch.int64, torch.int32), "int64 or int32")
 
@@ -58,11 +59,8 @@ def _places(count: int, length: int, cu_seqlens: Tensor | None, like: Tensor) ->
         start = torch.arange(count, device=like.device) * length
         return _Places(start, torch.full_like(start, length), (count, length))
     require_device("cu_seqlens", cu_seqlens, like, "step_reward")
+    check_ends(cu_seqlens, length)
     ends = cu_seqlens.long()
-    data_check(
-        (ends[1:] >= ends[:-1]).all() & (ends[0] == 0) & (ends[-1] <= length),
-        f"cu_seqlens must rise from 0 to at most length={length}, got {cu_seqlens}",
-    )
     return _Places(ends[:-1], ends[1:] - ends[:-1], (length,))
 
 
@@ -139,9 +137,10 @@ def process_advantage(
     places = _places(count, length, cu_seqlens, step_reward)
     groups = _groups(count, group_size, group_ids, step_reward)
     if count * length == 0 or steps == 0:
-        data_check(
-            torch.tensor(steps == 0), "a step must end inside its sequence; there are no tokens"
-        )
+        if steps:
+            raise ValueError(
+                f"steps must end inside their sequences, got {steps} steps and no token"
+            )
         return step_reward.new_zeros(
             places.shape, dtype=torch.promote_types(step_reward.dtype, torch.float32)
         )
@@ -149,7 +148,7 @@ def process_advantage(
     owner = owner.clamp(0, count - 1)
     inside = known & (end >= 0) & (end < places.size[owner])
     data_check(
-        inside.all(),
+        inside,
         f"steps must end inside their sequences: sequence_ids in [0, {count}), step_end in [0, its length)",
     )
     z = group_advantage(

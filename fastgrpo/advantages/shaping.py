@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.functional.tokens import Tokens
 from fastgrpo.functional.checks import (
     FLOATS,
     INTEGERS,
@@ -18,6 +17,7 @@ from fastgrpo.functional.checks import (
     require_tensor,
 )
 from fastgrpo.functional.kl_estimate import kl_estimate
+from fastgrpo.functional.tokens import Tokens
 
 
 class Rows(NamedTuple):

@@ -6,12 +6,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgrpo.functional.checks import (
     FLOATS,
     INTEGERS,
+    data_check,
     describe,
+    is_readable,
     is_strict,
     require_detached,
     require_device,
@@ -20,7 +21,8 @@ from fastgrpo.functional.checks import (
     require_shape,
     require_tensor,
 )
-from fastgrpo.functional.groups import data_check, group_layout
+from fastgrpo.functional.first_order import first_order_only
+from fastgrpo.functional.groups import group_layout
 from fastgrpo.ops import group_advantage as ops
 from fastgrpo.reference.group_advantage import Baseline, Combine, Scale, Singleton
 from fastgrpo.reference.token_logprob import accumulate_dtype
@@ -74,7 +76,7 @@ class GroupAdvantageFunction(torch.autograd.Function):
         ctx.save_for_backward(advantage, score, batch, reward, *layout)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         """Gradient of the rewards."""
         if grads[0] is None:
@@ -99,11 +101,11 @@ def _check_reward(reward: object) -> Tensor:
         raise ValueError(
             f"reward must have shape [B] or [B, K] with K >= 1, got {describe(reward)}"
         )
-    data_check(
-        ~reward.detach().isinf().any(),
-        f"reward must not be infinite (NaN means not scored), got {describe(reward)}",
-    )
-    return reward.reshape(reward.shape[0], -1).to(accumulate_dtype(reward.dtype)).contiguous()
+    if is_readable(reward):
+        message = f"reward must not be infinite (NaN means not scored), got {describe(reward)}"
+        data_check(~reward.detach().isinf(), message)
+    columns = reward[:, None] if reward.dim() == 1 else reward
+    return columns.to(accumulate_dtype(reward.dtype)).contiguous()
 
 
 def _check_row(name: str, value: object, reward: Tensor) -> Tensor:
@@ -111,7 +113,8 @@ def _check_row(name: str, value: object, reward: Tensor) -> Tensor:
     row = require_float(name, value)
     require_shape(name, row, reward.shape[:1], "one entry per row of reward")
     require_device(name, row, reward, "reward")
-    data_check(row.detach().isfinite().all(), f"{name} must be finite, got {describe(row)}")
+    if is_readable(row):
+        data_check(row.detach().isfinite(), f"{name} must be finite, got {describe(row)}")
     return row.to(reward.dtype)
 
 
@@ -126,7 +129,8 @@ def _check_weights(weights: Tensor | Sequence[float] | None, reward: Tensor) -> 
         raise TypeError(f"reward_weights must be a tensor or numbers, got {describe(weights)}")
     weight = torch.as_tensor(weights, dtype=reward.dtype)
     require_shape("reward_weights", weight, (columns,), "one weight per reward column")
-    data_check(weight.isfinite().all(), f"reward_weights must be finite, got {weight}")
+    if is_readable(weight):
+        data_check(weight.isfinite(), f"reward_weights must be finite, got {weight}")
     return weight.to(reward.device, non_blocking=True)
 
 
@@ -141,7 +145,8 @@ def _check_lengths(lengths: Tensor | None, needed: bool, reward: Tensor) -> Tens
     lengths = require_tensor("lengths", lengths, (*INTEGERS, *FLOATS), "integer or float")
     require_detached("lengths", lengths)
     length = _check_row("lengths", lengths.to(reward.dtype), reward).contiguous()
-    data_check((length >= 0).all(), f"lengths must be >= 0, got {describe(lengths)}")
+    if is_readable(length):
+        data_check(length >= 0, f"lengths must be >= 0, got {describe(lengths)}")
     return length
 
 

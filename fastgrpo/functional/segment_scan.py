@@ -4,17 +4,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgrpo.functional.checks import (
+    data_check,
     describe,
+    is_readable,
     require_detached,
     require_device,
     require_float,
     require_shape,
     require_tensor,
 )
-from fastgrpo.functional.groups import data_check
 from fastgrpo.ops import segment_scan as ops
 from fastgrpo.reference.token_logprob import accumulate_dtype
 
@@ -24,6 +24,16 @@ class Sequences(NamedTuple):
 
     cu_seqlens: Tensor  # [B + 1] int32
     shape: torch.Size  # of the tensors that go with it
+
+
+def check_ends(cu_seqlens: Tensor, tokens: int) -> None:
+    """Raise unless the ends rise from 0 to at most the number of tokens, where they can be read for nothing."""
+    if is_readable(cu_seqlens):
+        inside = (cu_seqlens[0] == 0) & (cu_seqlens[-1] <= tokens)
+        data_check(
+            (cu_seqlens[1:] >= cu_seqlens[:-1]).all() & inside,
+            f"cu_seqlens must rise from 0 to at most {tokens}, got {cu_seqlens}",
+        )
 
 
 def sequences(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Sequences:
@@ -43,11 +53,7 @@ def sequences(name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Sequences
             f"packed input needs {name} of shape [N] and cu_seqlens of shape [B + 1], "
             f"got {describe(tokens)} and {describe(cu_seqlens)}"
         )
-    in_order = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
-    data_check(
-        in_order & (cu_seqlens[0] == 0) & (cu_seqlens[-1] <= tokens.numel()),
-        f"cu_seqlens must rise from 0 to at most {tokens.numel()}, got {cu_seqlens}",
-    )
+    check_ends(cu_seqlens, tokens.numel())
     return Sequences(cu_seqlens.to(torch.int32), tokens.shape)
 
 
@@ -67,13 +73,21 @@ class SegmentScanFunction(torch.autograd.Function):
         ctx.save_for_backward(decay, cu_seqlens)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        """Gradient of x; what a roll carries over a sequence's end is never read."""
+        """Gradient of x; what a roll carries over a sequence's end is never read.
+
+        It is a scan of dy, so any further derivative is one more scan.
+        """
         decay, cu_seqlens = ctx.saved_tensors
         moved = torch.roll(decay, 1 if ctx.reverse else -1)
-        dx = ops.segment_scan(dy.contiguous(), moved, cu_seqlens, not ctx.reverse)
-        return dx, None, None, None
+        return _scan(dy.contiguous(), moved, cu_seqlens, not ctx.reverse), None, None, None
+
+
+def _scan(x: Tensor, decay: Tensor, cu_seqlens: Tensor, reverse: bool) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        result: Tensor = SegmentScanFunction.apply(x, decay, cu_seqlens, reverse)
+        return result
+    return ops.segment_scan(x, decay, cu_seqlens, reverse)
 
 
 def segment_scan(
@@ -107,8 +121,4 @@ def segment_scan(
     dtype = accumulate_dtype(x.dtype)
     flat = x.to(dtype).reshape(-1).contiguous()
     factors = decay.to(dtype).reshape(-1).contiguous()
-    if torch.is_grad_enabled() and flat.requires_grad:
-        y: Tensor = SegmentScanFunction.apply(flat, factors, layout.cu_seqlens, reverse)
-    else:
-        y = ops.segment_scan(flat, factors, layout.cu_seqlens, reverse)
-    return y.view(layout.shape)
+    return _scan(flat, factors, layout.cu_seqlens, reverse).view(layout.shape)
