@@ -20,10 +20,10 @@ def number_tensor(values: Sequence[float], dtype: torch.dtype, device: torch.dev
     A copy to a GPU from pageable memory waits for the stream, so the result is cached there. While a graph is traced,
     or under a dispatch mode (fake tensors), the tensor is made anew.
     """
-    if (
-        torch.compiler.is_compiling()
-        or device.type == "cpu"
-        or _get_current_dispatch_mode() is not None
-    ):
+    if torch.compiler.is_compiling():
+        # Only arithmetic with a tensor keeps a Python float symbolic through Inductor; torch.tensor([x]) is specialised.
+        one = torch.ones((), dtype=dtype, device=device)
+        return torch.stack([one * value for value in values]) if values else one.new_empty(0)
+    if device.type == "cpu" or _get_current_dispatch_mode() is not None:
         return torch.tensor(list(values), dtype=dtype, device=device)
     return _cached(tuple(values), dtype, device)

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from fastgrpo import reference
+from fastgrpo.ops.define import mutating_op
 from fastgrpo.reference.token_logprob import accumulate_dtype
 from fastgrpo.spec import NUM_METRICS
 
 
-@torch.library.custom_op("fastgrpo::grpo_loss", mutates_args=("dlogits",))
+@mutating_op("fastgrpo::grpo_loss", mutated="dlogits")
 def grpo_loss(
     logits: Tensor,  # [N, V], last dimension contiguous
     token_ids: Tensor,  # [N] int64

@@ -1,10 +1,11 @@
 """`fastgrpo::scale_gradient_`: multiplies a stored gradient by the upstream gradient, read on the device."""
 
-import torch
 from torch import Tensor
 
+from fastgrpo.ops.define import mutating_op
 
-@torch.library.custom_op("fastgrpo::scale_gradient_", mutates_args=("grad",))
+
+@mutating_op("fastgrpo::scale_gradient_", mutated="grad")
 def scale_gradient_(
     grad: Tensor,  # any shape, contiguous, any float dtype
     scale: Tensor,  # [1] float32, or float64 with a float64 grad

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import reference
+from fastgrpo.ops.define import mutating_op
 from fastgrpo.reference.token_logprob import accumulate_dtype
 
 
@@ -37,7 +38,7 @@ def _(
     return logits.new_empty(rows, dtype=dtype), entropy, logits.new_empty(rows, dtype=dtype)
 
 
-@torch.library.custom_op("fastgrpo::token_logprob_bwd", mutates_args=("dlogits",))
+@mutating_op("fastgrpo::token_logprob_bwd", mutated="dlogits")
 def token_logprob_bwd(
     logits: Tensor,  # [N, V]
     token_ids: Tensor,  # [N]

@@ -1,0 +1,109 @@
+"""Timing and memory: providers take turns on the same inputs; medians with their spread."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fastgrpo.bench.providers.base import Contestant, Outputs
+
+
+@dataclass
+class Timing:
+    """Repetitions of one provider on one case."""
+
+    seconds: list[float] = field(default_factory=list)
+    cold_seconds: float = 0.0  # first call: compilation, allocation
+    extra_bytes: int = 0  # peak memory above what was in use before the call
+
+    @property
+    def median(self) -> float:
+        """Median of the repetitions."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile."""
+        if len(self.seconds) < 2:
+            return self.seconds[0], self.seconds[0]
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+
+class Clock:
+    """CPU: processor time of this process. GPU: events around the call, with a cold L2 cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Allocate the buffer that flushes a GPU's L2."""
+        self.device = device
+        self.is_cuda = device.type == "cuda"
+        if self.is_cuda:
+            size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+            self.flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def time(self, run: Callable[[], Outputs]) -> tuple[float, Outputs]:
+        """Seconds of one call, and what it returned."""
+        if not self.is_cuda:
+            start = time.process_time()
+            outputs = run()
+            return time.process_time() - start, outputs
+        self.flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        outputs = run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3, outputs
+
+    def peak_extra_bytes(self, run: Callable[[], Outputs]) -> int:
+        """Peak memory of one call above what was in use before it; 0 where the system does not tell."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            run()
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated(self.device) - before
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return 0
+        before = _status_bytes("VmRSS")
+        run()
+        return max(0, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def interleave(
+    contestants: dict[str, Contestant], clock: Clock, rounds: int, budget_seconds: float
+) -> dict[str, Timing]:
+    """Time the contestants in turns A B C A B C ...: at least 3 rounds, at most `rounds`, within the time budget.
+
+    Whatever else the machine does then falls on all of them alike, so a ratio of two keeps its meaning.
+    """
+    timings = {name: Timing() for name in contestants}
+    for name, contestant in contestants.items():
+        contestant.prepare()
+        timings[name].cold_seconds, _ = clock.time(contestant.run)
+        contestant.prepare()
+        timings[name].extra_bytes = clock.peak_extra_bytes(contestant.run)
+    started = time.perf_counter()
+    for number in range(rounds):
+        for name, contestant in contestants.items():
+            contestant.prepare()
+            seconds, _ = clock.time(contestant.run)
+            timings[name].seconds.append(seconds)
+        if number >= 2 and time.perf_counter() - started > budget_seconds:
+            break
+    return timings

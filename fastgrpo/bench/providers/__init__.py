@@ -1,0 +1,6 @@
+"""Who is measured, by kind of problem: `PROVIDERS[what]` is filled by the modules of this folder."""
+
+from fastgrpo.bench.providers import advantage, linear, logits
+from fastgrpo.bench.providers.base import PROVIDERS, Contestant, Provider, Unavailable
+
+__all__ = ["PROVIDERS", "Contestant", "Provider", "Unavailable", "advantage", "linear", "logits"]

@@ -1,0 +1,194 @@
+"""From hidden states and the LM head to loss and gradients: eager, torch.compile, TRL, Liger, PyTorch's own, ours."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastgrpo.bench.problems import EPSILON, Problem, plain_loss
+from fastgrpo.bench.providers.base import Contestant, Outputs, provider
+
+TRL_VOCAB_CHUNK = 32_768  # TRL's default
+
+
+def leaves(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Hidden states and head as leaves."""
+    assert problem.hidden is not None and problem.weight is not None
+    train = problem.case.mode == "train"
+    hidden = problem.hidden.detach().requires_grad_(train)
+    return hidden, problem.weight.detach().requires_grad_(train and not problem.case.frozen_head)
+
+
+def finish(hidden: Tensor, weight: Tensor, outputs: Outputs, loss: Tensor) -> Outputs:
+    """Backward if a gradient is wanted, and collect the gradients."""
+    if loss.requires_grad:
+        loss.backward()
+    grads = {"dhidden": hidden.grad, "dweight": weight.grad}
+    return outputs | {name: grad for name, grad in grads.items() if grad is not None}
+
+
+def loss_by(
+    problem: Problem, score: Callable[[Tensor, Tensor], Tensor], whole: bool = False
+) -> Contestant:
+    """A contestant made of log-probs from hidden states and the loss written out."""
+
+    def forward(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        logprob = score(hidden, weight)
+        return plain_loss(problem, logprob), logprob
+
+    call = torch.compile(forward) if whole else forward
+
+    def run() -> Outputs:
+        hidden, weight = leaves(problem)
+        loss, logprob = call(hidden, weight)
+        return finish(hidden, weight, {"loss": loss, "logprob": logprob}, loss)
+
+    return Contestant(run)
+
+
+def _eager(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
+    def score(hidden: Tensor, weight: Tensor) -> Tensor:
+        x = (hidden @ weight.T).float().log_softmax(-1)
+        return x.gather(-1, problem.token_ids[..., None])[..., 0]
+
+    return score
+
+
+@provider("linear", "eager", note="no entropy")
+def eager(problem: Problem) -> Contestant:
+    """Logits, float32 log-softmax, loss."""
+    return loss_by(problem, _eager(problem))
+
+
+@provider("linear", "torch.compile", note="no entropy")
+def compiled(problem: Problem) -> Contestant:
+    """The same, compiled as one function."""
+    return loss_by(problem, _eager(problem), whole=True)
+
+
+@provider(
+    "linear", "TRL", entropy=True, skips="mask", needs="trl", note="its fused head on the live rows"
+)
+def trl(problem: Problem) -> Contestant:
+    """TRL's chunked head on the unmasked rows, and the loss written out."""
+    from trl.trainer.utils import _ChunkedLogProbFunction
+
+    def score(hidden: Tensor, weight: Tensor) -> Tensor:
+        live = problem.mask
+        logprob, *_ = _ChunkedLogProbFunction.apply(
+            hidden[live],
+            weight,
+            None,
+            problem.token_ids[live],
+            1.0,
+            TRL_VOCAB_CHUNK,
+            None,
+            1.0,
+            ("entropy",),
+        )
+        return torch.zeros_like(problem.old_logprob).masked_scatter(live, logprob)
+
+    return loss_by(problem, score)
+
+
+@provider("linear", "Liger", needs="liger_kernel", note="no entropy; gradient in forward")
+def liger(problem: Problem) -> Contestant:
+    """Liger's chunked loss."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    beta = problem.objective.kl.beta
+    module = LigerFusedLinearGRPOLoss(
+        beta=beta, compiled=False, use_ref_model=beta != 0, chunk_size=1,
+        epsilon_low=EPSILON, epsilon_high=EPSILON, loss_type="bnpo",
+    )  # fmt: skip
+
+    def run() -> Outputs:
+        hidden, weight = leaves(problem)
+        loss, _ = module(
+            hidden, weight, problem.token_ids, problem.mask.int(), problem.advantage,
+            ref_per_token_logps=problem.ref_logprob if beta else None,
+            old_per_token_logps=problem.old_logprob,
+        )  # fmt: skip
+        return finish(hidden, weight, {"loss": loss}, loss)
+
+    return Contestant(run)
+
+
+@provider(
+    "linear",
+    "F.linear_cross_entropy",
+    skips="",
+    note="cross-entropy per token, chunked; loss written out",
+)
+def torch_chunked(problem: Problem) -> Contestant:
+    """PyTorch's own chunked head, where this PyTorch has it."""
+    from fastgrpo.bench.providers.base import Unavailable
+
+    function = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if function is None:
+        raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    extra = {} if options is None else {"options": options()}
+
+    def score(hidden: Tensor, weight: Tensor) -> Tensor:
+        rows = hidden.flatten(0, 1)
+        ids = problem.token_ids.flatten()
+        return (
+            -function(rows, weight, ids, reduction="none", **extra).view(problem.mask.shape).float()
+        )
+
+    return loss_by(problem, score)
+
+
+def _ours(problem: Problem, precision: str) -> Contestant:
+    from fastgrpo import linear_grpo_loss
+
+    def run() -> Outputs:
+        hidden, weight = leaves(problem)
+        out = linear_grpo_loss(
+            hidden, weight, problem.token_ids, problem.advantage, problem.mask,
+            old_logprob=problem.old_logprob, ref_logprob=problem.ref_logprob,
+            objective=problem.objective, logits_precision=precision,
+        )  # fmt: skip
+        assert out.logprob is not None
+        return finish(hidden, weight, {"loss": out.loss, "logprob": out.logprob}, out.loss)
+
+    return Contestant(run)
+
+
+@provider("linear", "fastgrpo", ours=True, entropy=True, skips="mask, zero advantage, clipped")
+def ours(problem: Problem) -> Contestant:
+    """`linear_grpo_loss` with logits_precision="auto"."""
+    return _ours(problem, "auto")
+
+
+@provider(
+    "linear", "fastgrpo float32", ours=True, entropy=True, skips="mask, zero advantage, clipped"
+)
+def ours_exact(problem: Problem) -> Contestant:
+    """`linear_grpo_loss` with logits that are never rounded to the input dtype."""
+    return _ours(problem, "float32")
+
+
+@provider(
+    "linear",
+    "GEMM floor",
+    floor=True,
+    note="the bare GEMMs on all rows: 1 forward, 3 train, 2 with a frozen head",
+)
+def floor(problem: Problem) -> Contestant:
+    """The matrix products that nobody can avoid when all rows are active."""
+    assert problem.hidden is not None and problem.weight is not None
+    rows, weight = problem.hidden.flatten(0, 1), problem.weight
+    logits = rows @ weight.T
+    dhidden, dweight = torch.empty_like(rows), torch.empty_like(weight)
+
+    def run() -> Outputs:
+        torch.mm(rows, weight.T, out=logits)
+        if problem.case.mode == "train":
+            torch.mm(logits, weight, out=dhidden)
+            if not problem.case.frozen_head:
+                torch.mm(logits.T, rows, out=dweight)
+        return {"floor": logits[:1]}
+
+    return Contestant(run)
