@@ -5,15 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-# What a provider may be off by and still be ranked. Rounding logits to bf16 costs peers 0.08 nats and 3 % of a gradient.
+# What a provider may be off by and still be ranked. Logits rounded to bf16 cost 0.08 nats and 3 % of a gradient.
 LIMITS = {"logprob": 0.5, "entropy": 1.0, "loss": 0.05, "gradient": 0.10, "advantage": 1e-2}
 
 
 def errors(
     outputs: dict[str, Tensor], expected: dict[str, Tensor], mask: Tensor
 ) -> dict[str, float]:
-    """Largest absolute error of log-prob, entropy, advantage and loss (relative above 1);
-    relative norm of the error for gradients."""
+    """Largest absolute error per token and of the loss (relative above 1); relative norm of a gradient's error."""
     found: dict[str, float] = {}
     for name, value in outputs.items():
         if name not in expected:

@@ -45,9 +45,8 @@ def cases(args: argparse.Namespace) -> list[Case]:
     kinds = args.what.split(",")
     unknown = sorted(set(kinds) - set(KINDS)) + sorted(set(args.dtype.split(",")) - set(DTYPES))
     if unknown:
-        raise SystemExit(
-            f"fastgrpo bench: unknown {', '.join(unknown)}; --what takes {', '.join(KINDS)}, --dtype {', '.join(DTYPES)}"
-        )
+        known = f"--what takes {', '.join(KINDS)}, --dtype {', '.join(DTYPES)}"
+        raise SystemExit(f"fastgrpo bench: unknown {', '.join(unknown)}; {known}")
     hidden, vocabulary = (64, 2048) if args.quick else preset(args.preset)
     tokens = args.tokens or (128 if args.quick else 256 if args.device == "cpu" else 8192)
     shares = [float(share) for share in args.active.split(",")]
@@ -97,10 +96,10 @@ def main(argv: list[str]) -> int:
             write_jsonl(args.out / "results.jsonl", env, rows)
             (args.out / "results.md").write_text(markdown(env, rows))
     if args.out:
-        drawn = plot(args.out / "results.png", rows)
-        print(
-            f"\nwritten to {args.out}: results.jsonl, results.md{', results.png' if drawn else ' (no plot: matplotlib is missing)'}"
-        )
+        files = ["results.jsonl", "results.md"]
+        if plot(args.out / "results.png", rows):
+            files.append("results.png")
+        print(f"\nwritten to {args.out}: {', '.join(files)}")
     wrong = [row for row in rows if row.ours and row.wrong]
     for row in wrong:
         print(f"WRONG: {row.provider} on {row.case}: {row.errors}")

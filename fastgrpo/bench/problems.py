@@ -83,14 +83,11 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
         v = 1  # no vocabulary is involved
     hidden = weight = logits = None
     if case.what == "linear":
-        hidden = torch.randn(b, t, h, generator=g).to(case.dtype)
+        rows = hidden = torch.randn(b, t, h, generator=g).to(case.dtype)
         weight = (torch.randn(v, h, generator=g) * (5.0 / h**0.5)).to(case.dtype)
     else:
-        logits = (torch.randn(b, t, v, generator=g) * 5.0).to(case.dtype)
-    parts = [
-        _rows(part, weight)
-        for part in (hidden if logits is None else logits).flatten(0, 1).split(64)
-    ]
+        rows = logits = (torch.randn(b, t, v, generator=g) * 5.0).to(case.dtype)
+    parts = [_rows(part, weight) for part in rows.flatten(0, 1).split(64)]
     token_ids = torch.cat([torch.multinomial(part.softmax(-1), 1, generator=g) for part in parts])
     logprob = torch.cat([part.log_softmax(-1) for part in parts]).gather(1, token_ids).view(b, t)
     advantage = torch.randn(b, generator=g)

@@ -30,19 +30,17 @@ def cells(row: Row) -> tuple[str, ...]:
     elif row.speedup_of_ours is not None and not row.ours:
         ratio = row.speedup_of_ours
         speed = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x SLOWER"
-    marks = [
-        row.note,
-        "" if row.has_entropy or row.floor or row.what == "advantage" else "no entropy",
-    ]
+    marks = [row.note] if row.note else []
+    if (
+        not row.has_entropy
+        and not row.floor
+        and row.what != "advantage"
+        and "no entropy" not in row.note
+    ):
+        marks.append("no entropy")
     if row.skips and row.active < 1:
         marks.append(f"skips rows: {row.skips}")
-    remark = "; ".join(
-        dict.fromkeys(
-            mark
-            for mark in marks
-            if mark and mark not in (marks[0] or "") or mark == marks[0] and mark
-        )
-    )
+    remark = "; ".join(marks)
     return (
         row.provider,
         f"{row.ms:.3g}",

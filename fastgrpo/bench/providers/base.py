@@ -11,7 +11,7 @@ from fastgrpo.bench.problems import Problem
 Outputs = dict[str, Tensor]
 
 
-class Unavailable(Exception):  # noqa: N818 (it is no error)
+class Unavailable(Exception):
     """Why a provider does not take part."""
 
 
@@ -29,7 +29,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Provider:
-    """A contestant by name. `has_entropy`: it computes the entropy too. `skips`: it leaves out rows without gradient."""
+    """A contestant by name; `has_entropy`: it gives the entropy too, `skips`: which rows it leaves out."""
 
     name: str
     make: Callable[[Problem], Contestant]

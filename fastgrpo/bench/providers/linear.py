@@ -1,6 +1,7 @@
 """From hidden states and the LM head to loss and gradients: eager, torch.compile, TRL, Liger, PyTorch's own, ours."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ TRL_VOCAB_CHUNK = 32_768  # TRL's default
 
 def leaves(problem: Problem) -> tuple[Tensor, Tensor]:
     """Hidden states and head as leaves."""
-    assert problem.hidden is not None and problem.weight is not None
+    assert problem.hidden is not None
+    assert problem.weight is not None
     train = problem.case.mode == "train"
     hidden = problem.hidden.detach().requires_grad_(train)
     return hidden, problem.weight.detach().requires_grad_(train and not problem.case.frozen_head)
@@ -71,11 +73,11 @@ def compiled(problem: Problem) -> Contestant:
 )
 def trl(problem: Problem) -> Contestant:
     """TRL's chunked head on the unmasked rows, and the loss written out."""
-    from trl.trainer.utils import _ChunkedLogProbFunction
+    from trl.trainer import utils
 
     def score(hidden: Tensor, weight: Tensor) -> Tensor:
         live = problem.mask
-        logprob, *_ = _ChunkedLogProbFunction.apply(
+        logprob, *_ = utils._ChunkedLogProbFunction.apply(
             hidden[live],
             weight,
             None,
@@ -124,11 +126,11 @@ def torch_chunked(problem: Problem) -> Contestant:
     """PyTorch's own chunked head, where this PyTorch has it."""
     from fastgrpo.bench.providers.base import Unavailable
 
-    function = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    function: Any = getattr(torch.nn.functional, "linear_cross_entropy", None)
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None:
         raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    extra = {} if options is None else {"options": options()}
+    extra: dict[str, Any] = {} if options is None else {"options": options()}
 
     def score(hidden: Tensor, weight: Tensor) -> Tensor:
         rows = hidden.flatten(0, 1)
@@ -178,7 +180,8 @@ def ours_exact(problem: Problem) -> Contestant:
 )
 def floor(problem: Problem) -> Contestant:
     """The matrix products that nobody can avoid when all rows are active."""
-    assert problem.hidden is not None and problem.weight is not None
+    assert problem.hidden is not None
+    assert problem.weight is not None
     rows, weight = problem.hidden.flatten(0, 1), problem.weight
     logits = rows @ weight.T
     dhidden, dweight = torch.empty_like(rows), torch.empty_like(weight)

@@ -161,7 +161,8 @@ def _our_loss(problem: Problem, overwrite: bool) -> Contestant:
             old_logprob=problem.old_logprob, ref_logprob=problem.ref_logprob,
             objective=problem.objective, overwrite_logits=overwrite,
         )  # fmt: skip
-        assert out.logprob is not None and out.entropy is not None
+        assert out.logprob is not None
+        assert out.entropy is not None
         outputs = {"loss": out.loss, "logprob": out.logprob, "entropy": out.entropy}
         return finish(problem, logits, outputs, out.loss)
 
