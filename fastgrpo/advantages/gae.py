@@ -51,6 +51,11 @@ def _result_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _steps(live: Tensor, decay: float) -> Tensor:
+    """Decay of each token in float64: masked tokens pass on what comes after them."""
+    return torch.ones_like(live, dtype=torch.float64).masked_fill(live, decay)
+
+
 def reward_to_go(
     reward: Tensor,  # [B, T], or [N] with cu_seqlens
     mask: Tensor,  # bool; masked tokens (padding, tool output) are stepped over
@@ -65,8 +70,8 @@ def reward_to_go(
     """
     tokens = Tokens(require_float("reward", reward), mask, cu_seqlens, "reward")
     _require_share("gamma", gamma)
-    steps = torch.where(tokens.live, gamma, 1.0).double()
-    total = tokens.scan(torch.where(tokens.live, reward.double(), 0.0), steps)
+    live_reward = torch.where(tokens.live, reward.double(), 0.0)
+    total = tokens.scan(live_reward, _steps(tokens.live, gamma))
     return torch.where(tokens.live, total, 0.0).to(_result_dtype(reward))
 
 
@@ -115,13 +120,12 @@ def gae(
     tokens.check("value", value)
     live = tokens.live
     v = torch.where(live, value.double(), 0.0)
-    cut = torch.where(live, 0.0, 1.0).double()
-    next_value = tokens.after(tokens.scan(v, cut))
+    next_value = tokens.after(tokens.scan(v, _steps(live, 0.0)))
     if bootstrap is not None:
         final = tokens.spread(tokens.check_row("bootstrap", bootstrap)).double()
         next_value = torch.where(tokens.is_last(), final, next_value)
     delta = torch.where(live, reward.double() + gamma * next_value - v, 0.0)
-    advantage = tokens.scan(delta, torch.where(live, gamma * lam, 1.0).double())
+    advantage = tokens.scan(delta, _steps(live, gamma * lam))
     advantage = torch.where(live, advantage, 0.0)
     dtype = _result_dtype(reward)
     return GAE(advantage.to(dtype), (advantage + v).to(dtype))
