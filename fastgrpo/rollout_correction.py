@@ -58,9 +58,8 @@ def _importance_weight(log_ratio: Tensor, tokens: Tokens, objective: Objective) 
         share = (
             torch.ones_like(weight) if correction.level == "token" else 1 / tokens.sequence_length()
         )
-        share = torch.where(tokens.live, share, 0.0)
-        total = torch.where(tokens.live, weight * share, 0.0).sum()
-        weight = weight * share.sum() / torch.where(total > 0, total, 1.0)
+        total = tokens.total(weight * share)
+        weight = weight * tokens.total(share) / torch.where(total > 0, total, 1.0)
     return weight
 
 
@@ -98,7 +97,7 @@ def apply_correction(
     absent = old.new_empty(0)
     tokens = Tokens.select(old, advantage, mask, absent, behaviour, absent, cu_seqlens)
     difference = log_ratio_of(tokens.logprob, tokens.rollout)
-    metric_mask, log_weight, weight = mask, absent, torch.ones_like(old)
+    log_weight, weight = absent, torch.ones_like(old)
     if correction is not None:
         weight = _importance_weight(difference, tokens, objective)
         if objective.folds_correction:
@@ -139,5 +138,5 @@ def apply_correction(
             torch.expm1(difference) - difference,
         ]
     )
-    metrics = reduce_metrics(rows.double(), metric_mask)
+    metrics = reduce_metrics(rows.double(), tokens)
     return Corrected(mask, old, log_weight, token_weight, kl_weight, (ROLLOUT_METRICS, metrics))

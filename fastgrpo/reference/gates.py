@@ -47,6 +47,12 @@ class Tokens(NamedTuple):
         total = total.index_add(0, self.sequence, torch.where(self.live, value, 0.0))
         return total[self.sequence]
 
+    def total(self, value: Tensor) -> Tensor:
+        """Sum of [..., N] over live tokens, sequence by sequence: the same bits for padded and packed batches."""
+        per_sequence = value.new_zeros(*value.shape[:-1], self.num_sequences)
+        live_value = torch.where(self.live, value, 0.0)
+        return per_sequence.index_add(-1, self.sequence, live_value).sum(-1)
+
     def sequence_length(self) -> Tensor:
         """Number of live tokens of each token's sequence, at least 1."""
         return self.sequence_sum(torch.ones_like(self.logprob)).clamp(min=1)

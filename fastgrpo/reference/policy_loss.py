@@ -181,12 +181,12 @@ def policy_loss(
     dlogprob = torch.where(live, torch.where(counted, weight * direct, 0.0) + through, 0.0)
     token_loss = torch.where(live, token_loss, 0.0)
 
-    loss = torch.where(counted, weight * token_loss, 0.0).double().sum()
+    loss = tokens.total(torch.where(counted, weight * token_loss, 0.0).double())
     bonus = torch.zeros_like(live)
     if entropy_weight.numel():
         bonus_weight = torch.where(live, entropy_weight, 0.0)
         bonus = bonus_weight != 0
-        loss = loss - torch.where(bonus, bonus_weight * tokens.entropy, 0.0).double().sum()
+        loss = loss - tokens.total(torch.where(bonus, bonus_weight * tokens.entropy, 0.0).double())
 
     finite = tokens.logprob.isfinite() & tokens.old.isfinite() & token_loss.isfinite()
     if target.numel():
@@ -204,7 +204,7 @@ def policy_loss(
         "fault": ~finite,
         "active": (dlogprob != 0) | bonus,
     }
-    metrics = reduce_metrics(torch.stack([rows[name].double() for name in METRICS]), live)
+    metrics = reduce_metrics(torch.stack([rows[name].double() for name in METRICS]), tokens)
     return loss.to(logprob.dtype), token_loss, dlogprob, metrics
 
 
@@ -221,9 +221,10 @@ def _clip_rows(ratio: Tensor, advantage: Tensor, p: dict[str, Tensor]) -> dict[s
     }
 
 
-def reduce_metrics(rows: Tensor, live: Tensor) -> Tensor:
+def reduce_metrics(rows: Tensor, tokens: Tokens) -> Tensor:
     """Reduce [K, N] per-token values to (sum, count, min, max) over live tokens."""
-    total = torch.where(live, rows, 0.0).sum(dim=1)
+    live = tokens.live
+    total = tokens.total(rows)
     count = live.sum().expand_as(total).double()
     if rows.shape[1] == 0:
         return torch.stack([total, count, total + torch.inf, total - torch.inf], dim=1)
