@@ -52,20 +52,17 @@ def cases(args: argparse.Namespace) -> list[Case]:
     shares = [float(share) for share in args.active.split(",")]
     found: list[Case] = []
     for kind in kinds:
+        if kind == "advantage":
+            found += [Case(kind, "forward", 64 * b, 1, 0, torch.float32) for b in (64, 8192)]
+            continue
         for dtype in (DTYPES[name] for name in args.dtype.split(",")):
-            if kind == "advantage":
-                if dtype == torch.float32 or len(args.dtype.split(",")) == 1:
-                    found.append(Case(kind, "forward", 64 * 512, 1, 0, torch.float32))
-                continue
             size = (tokens, vocabulary, hidden, dtype)
             found += [Case(kind, mode, *size) for mode in ("forward", "train")]
             if kind == "linear":
-                idle = [share for share in shares if share < 1]
-                found += [
-                    Case(kind, "train", *size, active=f, skip_by=by)
-                    for f in idle
-                    for by in ("mask", "advantage")
+                idle = [
+                    (share, by) for share in shares if share < 1 for by in ("mask", "advantage")
                 ]
+                found += [Case(kind, "train", *size, active=f, skip_by=by) for f, by in idle]
                 found += [Case(kind, "train", *size, frozen_head=True)]
     return found
 

@@ -37,11 +37,13 @@ class Case:
         return max(1, self.tokens // self.length)
 
     def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.what == "advantage":
+            return f"advantage of {self.completions} completions in groups of {GROUP}"
         size = f"N={self.tokens} V={self.vocabulary}" + (
             f" H={self.hidden}" if self.what == "linear" else ""
         )
         share = "" if self.active == 1 else f" active {self.active:.0%} by {self.skip_by}"
-        dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.what} {self.mode} {dtype} {size}{share}{' frozen head' if self.frozen_head else ''}"
 
 

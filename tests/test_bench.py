@@ -1,0 +1,141 @@
+"""The benchmark: it judges before it ranks, names who is missing, and its files hold what it printed."""
+
+import json
+
+import pytest
+import torch
+
+from fastgrpo.bench.main import cases, main, parser
+from fastgrpo.bench.problems import Case, make_problem
+from fastgrpo.bench.providers.base import Contestant, Provider, Unavailable
+from fastgrpo.bench.report import cells, markdown
+from fastgrpo.bench.run import environment, run_case
+
+CPU = torch.device("cpu")
+SMALL = Case("logprob", "train", 64, 257, 0, torch.float32)
+
+
+def _provider(name, make, ours=False):
+    return Provider(name, make, ours, False, True, "", "")
+
+
+def _right(problem):
+    def run():
+        logits = problem.logits.detach().requires_grad_()
+        logprob = logits.log_softmax(-1).gather(-1, problem.token_ids[..., None])[..., 0]
+        torch.where(problem.mask, logprob * problem.advantage[:, None], 0.0).sum().backward()
+        return {"logprob": logprob, "dlogits": logits.grad}
+
+    return Contestant(run)
+
+
+def _planted(change):
+    """A provider whose answer is right but for one change, and very fast."""
+
+    def make(problem):
+        outputs = dict(_right(problem).run())
+        change(outputs)
+        return Contestant(lambda: outputs)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda out: out["logprob"].detach().add_(1.0),  # a wrong value
+        lambda out: out["dlogits"].zero_(),  # a gradient that trains on nothing
+        lambda out: out["dlogits"].mul_(1.2),  # a wrong normaliser
+        lambda out: out["dlogits"][0, 0].fill_(float("nan")),  # NaN in one row
+    ],
+    ids=["logprob+1", "zero gradient", "scaled gradient", "nan"],
+)
+def test_a_wrong_provider_is_marked_and_never_ranked(change):
+    providers = [
+        _provider("ours", _right, ours=True),
+        _provider("peer", _right),
+        _provider("planted", _planted(change)),
+    ]
+    rows = run_case(
+        SMALL, CPU, rounds=3, budget_seconds=1, seed=0, say=lambda _: None, providers=providers
+    )
+    by_name = {row.provider: row for row in rows}
+    assert by_name["planted"].wrong
+    assert by_name["planted"].speedup_of_ours is None
+    assert "WRONG" in cells(by_name["planted"])
+    assert not by_name["peer"].wrong
+    assert by_name["peer"].speedup_of_ours == by_name["peer"].ms / by_name["ours"].ms
+
+
+def test_a_missing_provider_keeps_a_row_with_the_reason():
+    def missing(problem):
+        raise Unavailable("somepeer is not installed")
+
+    said = []
+    rows = run_case(
+        SMALL, CPU, rounds=3, budget_seconds=1, seed=0, say=said.append, providers=[_provider("peer", missing)]
+    )  # fmt: skip
+    assert rows[0].unavailable == "somepeer is not installed"
+    assert "not measured: somepeer is not installed" in cells(rows[0])
+    assert any("somepeer" in line for line in said)
+
+
+def test_losses_are_printed_as_losses():
+    def slow(problem):
+        contestant = _right(problem)
+
+        def run():
+            for _ in range(20):
+                outputs = contestant.run()
+            return outputs
+
+        return Contestant(run)
+
+    providers = [_provider("ours", slow, ours=True), _provider("peer", _right)]
+    rows = run_case(
+        SMALL, CPU, rounds=3, budget_seconds=1, seed=0, say=lambda _: None, providers=providers
+    )
+    assert any(cell.endswith("x SLOWER") for cell in cells(rows[1]))
+    assert "SLOWER" in markdown(environment(CPU, 0), rows)
+
+
+@pytest.mark.parametrize("what", ["logprob", "loss", "linear", "advantage"])
+def test_problem_holds_its_own_float64_answer(what):
+    case = Case(what, "train", 64 * 8, 53, 8, torch.float32)
+    problem = make_problem(case, CPU)
+    assert all(value.dtype == torch.float64 for value in problem.expected.values())
+    names = {"advantage": {"advantage"}, "linear": {"loss", "dhidden", "dweight"}}
+    assert names.get(what, {"logprob", "dlogits"}) <= set(problem.expected)
+
+
+@pytest.mark.parametrize("by", ["mask", "advantage"])
+def test_inactive_share_is_what_was_asked_for(by):
+    problem = make_problem(
+        Case("linear", "train", 640, 53, 8, torch.float32, active=0.4, skip_by=by), CPU
+    )
+    idle = (
+        ~problem.mask if by == "mask" else (problem.advantage == 0)[:, None].expand_as(problem.mask)
+    )
+    assert abs(float(idle.float().mean()) - 0.6) < 0.02
+
+
+def test_command_writes_one_line_per_row(tmp_path, capsys):
+    arguments = ["--quick", "--what", "logprob", "--dtype", "float32", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {"eager", "torch.compile", "TRL", "fastgrpo", "bandwidth floor"} <= {
+        x["provider"] for x in lines
+    }
+    for line in lines:
+        assert line["versions"]["torch"] == torch.__version__
+        assert line["unavailable"] or len(line["repetitions_ms"]) >= 3
+    assert "logprob train float32" in capsys.readouterr().out
+    assert (tmp_path / "results.md").read_text().startswith("# Benchmark on ")
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    with pytest.raises(SystemExit, match=r"unknown speed; --what takes logprob, loss"):
+        cases(parser().parse_args(["--what", "speed"]))
+    with pytest.raises(ValueError, match=r"unknown preset 'gpt9'; known: one, tiny"):
+        cases(parser().parse_args(["--preset", "gpt9"]))
