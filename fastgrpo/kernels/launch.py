@@ -11,20 +11,21 @@ COMPILE = {"enable_fp_fusion": True}
 
 
 class RowConfig(NamedTuple):
-    """How one program walks a row: tiles of 32 * warps threads, `loads` 16-byte loads in flight per thread."""
+    """How one program walks a row: 32 * warps threads, each with `loads` 16-byte loads in flight."""
 
     warps: int
     loads: int
+    registers: int | None = 64  # cap; 64 let 1024 threads share a multiprocessor
 
-    def options(self, logits: Tensor, softcap: bool) -> dict[str, bool | int]:
-        """Compiler options. 64 registers let 1024 threads share a multiprocessor; softcap and float64 need more."""
-        cap = {} if logits.dtype == torch.float64 else {"maxnreg": 96 if softcap else 64}
+    def options(self) -> dict[str, bool | int]:
+        """Compiler options of the launch."""
+        cap = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_warps": self.warps, **cap, **COMPILE}
 
 
 # Bytes of a row up to which the entry holds -> configuration.
 _ROW_PASS = ((4 << 10, RowConfig(2, 2)), (64 << 10, RowConfig(4, 4)), (None, RowConfig(8, 4)))
-# One row per program is read twice; the second read should find it in the L2 cache, so few rows are in flight.
+# Rows that are read twice should be found in the L2 cache the second time: many threads per row keep few in flight.
 _ONE_PASS = ((4 << 10, RowConfig(2, 2)), (64 << 10, RowConfig(8, 2)), (None, RowConfig(16, 2)))
 
 
@@ -33,9 +34,12 @@ def row_config(logits: Tensor, softcap: bool, one_pass: bool = False) -> RowConf
     row_bytes = logits.shape[1] * logits.element_size()
     table = _ONE_PASS if one_pass else _ROW_PASS
     config = next(config for limit, config in table if limit is None or row_bytes <= limit)
-    # Softcap and the masks of unaligned rows take registers: half the tile keeps them from spilling.
-    small = softcap or not row_shape(logits, config).ALIGNED
-    return config._replace(loads=min(config.loads, 2)) if small else config
+    if logits.dtype == torch.float64:
+        return config._replace(warps=min(config.warps, 8), loads=2, registers=None)
+    # A softcap and the masks of unaligned rows take registers: smaller tiles and a higher cap keep them from spilling.
+    if softcap or not row_shape(logits, config).ALIGNED:
+        return RowConfig(min(config.warps, 8), 2, 96)
+    return config
 
 
 class RowShape(NamedTuple):

@@ -137,7 +137,7 @@ def forward(
             logits, token_ids, mask, temperature, logit_params, logprob, entropy, lse,
             logits.stride(0), int(temperature.numel() > 1), n_cols,
             HAS_MASK=mask.numel() > 0, NUM_LOGIT_PARAMS=logit_params.numel(), ENTROPY=with_entropy,
-            **row_shape(logits, config)._asdict(), **config.options(logits, softcap),
+            **row_shape(logits, config)._asdict(), **config.options(),
         )  # fmt: skip
     return logprob, entropy, lse
 
@@ -167,5 +167,5 @@ def backward(
             HAS_DLOGPROB=dlogprob.numel() > 0, HAS_DENTROPY=dentropy.numel() > 0,
             NUM_LOGIT_PARAMS=logit_params.numel(),
             **row_shape(logits, config)._asdict(), SAME_SHIFT=same_shift(logits, dlogits),
-            **config.options(logits, softcap),
+            **config.options(),
         )  # fmt: skip
