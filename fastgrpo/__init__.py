@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fastgrpo.advantages import GroupAdvantage, group_advantage
+    from fastgrpo.advantages import (
+        GroupAdvantage,
+        gae,
+        group_advantage,
+        process_advantage,
+        value_loss,
+    )
     from fastgrpo.functional.checks import checks
     from fastgrpo.functional.kl_estimate import kl_estimate
     from fastgrpo.functional.token_logprob import TokenLogprob, token_logprob
@@ -29,13 +35,16 @@ _HOMES = {
     "TokenLogprob": "fastgrpo.functional.token_logprob",
     "backend_report": "fastgrpo.ops.backend",
     "checks": "fastgrpo.functional.checks",
+    "gae": "fastgrpo.advantages",
     "global_normalizer": "fastgrpo.reduction",
     "group_advantage": "fastgrpo.advantages",
     "grpo_loss": "fastgrpo.losses",
     "kl_estimate": "fastgrpo.functional.kl_estimate",
     "policy_loss": "fastgrpo.losses",
+    "process_advantage": "fastgrpo.advantages",
     "register_surrogate": "fastgrpo.surrogates",
     "token_logprob": "fastgrpo.functional.token_logprob",
+    "value_loss": "fastgrpo.advantages",
 }
 
 __all__ = [
@@ -47,13 +56,16 @@ __all__ = [
     "TokenLogprob",
     "backend_report",
     "checks",
+    "gae",
     "global_normalizer",
     "group_advantage",
     "grpo_loss",
     "kl_estimate",
     "policy_loss",
+    "process_advantage",
     "register_surrogate",
     "token_logprob",
+    "value_loss",
 ]
 
 
