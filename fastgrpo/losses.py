@@ -11,6 +11,7 @@ from fastgrpo.functional.checks import (
     describe,
     flatten,
     is_strict,
+    needs_grad,
     raise_on_fault,
     require_device,
     require_flag,
@@ -44,7 +45,7 @@ class PolicyLoss(NamedTuple):
     entropy: Tensor | None = None
 
 
-def _metrics(data: Tensor, batch: LossBatch) -> Metrics:
+def loss_metrics(data: Tensor, batch: LossBatch) -> Metrics:
     """Metric rows of the op, and of the rollout correction if there was one."""
     if batch.rollout_metrics is None:
         return Metrics(data)
@@ -125,8 +126,7 @@ def policy_loss(
     flat = flatten(logprob, dtype)
     flat_entropy = flat.new_empty(0) if entropy is None else flatten(entropy, dtype)
     tail = (batch.entropy_weight, batch.cu_seqlens, batch.params, batch.spec, batch.surrogate)
-    needs_grad = torch.is_grad_enabled() and (flat.requires_grad or flat_entropy.requires_grad)
-    if needs_grad:
+    if needs_grad(flat, flat_entropy):
         loss, token_loss, _, data = PolicyLossFunction.apply(
             flat, flat_entropy, batch.advantage, batch.mask, batch.weight, *batch.sides(), *tail
         )
@@ -136,7 +136,7 @@ def policy_loss(
         )
     if is_strict():
         raise_on_fault("policy_loss", batch.mask & ~token_loss.isfinite())
-    return PolicyLoss(loss, token_loss.view(shape), _metrics(data, batch))
+    return PolicyLoss(loss, token_loss.view(shape), loss_metrics(data, batch))
 
 
 def grpo_loss(
@@ -238,7 +238,7 @@ def grpo_loss(
         batch.surrogate,
         with_entropy,
     )
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if needs_grad(logits):
         loss, token_loss, logprob, entropy, data = GRPOLossFunction.apply(
             rows(logits), overwrite_logits, *head, *tail
         )
@@ -251,7 +251,7 @@ def grpo_loss(
     return PolicyLoss(
         loss,
         token_loss.view(shape),
-        _metrics(data, batch),
+        loss_metrics(data, batch),
         logprob.view(shape),
         entropy.view(shape) if with_entropy else None,
     )
