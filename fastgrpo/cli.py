@@ -1,0 +1,114 @@
+"""The `fastgrpo` command: finds the subcommand, prepares the process, and only then lets torch be imported.
+
+Threads and the OpenMP wait policy are read when torch loads, so they are set before; and importing torch takes
+seconds, so a command that takes long says first what it is about to do.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
+
+STARTED = time.time()
+USAGE = "usage: fastgrpo COMMAND [options]      (fastgrpo COMMAND --help lists a command's options)"
+
+
+class Command(NamedTuple):
+    """A subcommand: `main(arguments) -> exit code` of a module."""
+
+    module: str
+    help: str
+    announces: bool = False  # whether `main` wants its first line printed before torch loads
+
+
+COMMANDS = {
+    "train": Command("fastgrpo.trainer.main", "train a model with GRPO: story (default), copy, gsm8k-equations", True),
+    "sft": Command("fastgrpo.trainer.sft_main", "supervised fine-tuning alone", True),
+    "eval": Command("fastgrpo.trainer.eval_main", "accuracy of a saved model: greedy, pass@1, maj@k, pass@k", True),
+    "bench": Command("fastgrpo.bench.main", "time the ops against the reference and other packages"),
+    "plan": Command("fastgrpo.plan", "estimate memory and the largest micro-batch"),
+    "verify": Command("fastgrpo.verify", "compare the ops with float64 on your model's head"),
+    "reward": Command("fastgrpo.trainer.reward_main", "try a reward function on sample data"),
+    "doctor": Command("fastgrpo.doctor", "what this machine has, and what serves each op"),
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns the exit code of the process."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"fastgrpo {_version()}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    available = _available()
+    if name not in available:
+        print(f"fastgrpo: {_unknown(name, available)}", file=sys.stderr)
+        return 2
+    threads = option_value(rest, "threads") or "1"
+    set_environment(threads)
+    if COMMANDS[name].announces and not {"-h", "--help"} & set(rest):
+        print(f"fastgrpo {_version()} {' '.join(argv)}", flush=True)
+    try:
+        code: int = import_module(COMMANDS[name].module).main(rest)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `fastgrpo ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def set_environment(threads: str) -> None:
+    """What OpenMP, MKL and tokenizers read once, when they are loaded. What the user has exported stays."""
+    os.environ.setdefault("OMP_NUM_THREADS", threads)
+    # A thread that waits for its team sleeps instead of spinning: on a busy machine spinning is many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def option_value(arguments: Sequence[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE`, the last one if there are several."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == f"--{name}":
+            value = following
+        elif argument.startswith(f"--{name}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _available() -> dict[str, Command]:
+    def exists(module: str) -> bool:
+        try:
+            return find_spec(module) is not None
+        except ModuleNotFoundError:  # its package does not exist
+            return False
+
+    return {name: command for name, command in COMMANDS.items() if exists(command.module)}
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {command.help}" for name, command in _available().items()]
+    return "\n".join([USAGE, "", *rows])
+
+
+def _unknown(name: str, available: dict[str, Command]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, available, n=1)
+    guess = f" Did you mean {close[0]!r}?" if close else ""
+    return f"no command {name!r}.{guess} Commands: {', '.join(available)}"
+
+
+def _version() -> str:
+    from fastgrpo import __version__
+
+    return __version__

@@ -1,0 +1,54 @@
+"""From the options to the algorithm: the objective, the advantages that belong to it, and the learning rate."""
+
+import math
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fastgrpo.advantages import GroupAdvantage, group_advantage
+from fastgrpo.choices import KL
+from fastgrpo.objective import Objective
+from fastgrpo.trainer.config import TrainConfig
+
+Scale = Literal["group", "batch", "none"]
+UNSCALED = ("dr_grpo", "rloo", "reinforce", "gpg", "topr")
+"""Objectives whose papers do not divide advantages by a standard deviation."""
+
+
+def make_objective(config: TrainConfig) -> Objective:
+    """The preset that the options name, with their clip bounds and KL weight."""
+    bounds: dict[str, Any] = {}
+    if config.epsilon is not None:
+        bounds["epsilon"] = config.epsilon
+    if config.epsilon_high is not None:
+        bounds["epsilon_high"] = config.epsilon_high
+    if config.objective == "dr_grpo":
+        bounds["max_length"] = config.max_completion_length
+    preset: Objective = getattr(Objective, config.objective)(**bounds)
+    return preset.replace(kl=KL(beta=config.beta))
+
+
+def make_advantage(
+    reward: Tensor,  # [B] or [B, K], NaN = not scored
+    config: TrainConfig,
+) -> GroupAdvantage:
+    """What each completion is worth compared with its group."""
+    own: Scale = "none" if config.objective in UNSCALED else "group"
+    return group_advantage(
+        reward,
+        group_size=config.num_generations,
+        baseline="leave_one_out" if config.objective == "rloo" else "mean",
+        scale=config.scale_rewards or own,
+    )
+
+
+def learning_rate_factor(kind: str, step: int, total: int, warmup: int) -> float:
+    """Share of the peak learning rate in step 0, 1, ... of `total`: linear warm-up, then the course `kind`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total - warmup)
+    if kind == "linear":
+        return 1.0 - done
+    if kind == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    return 1.0

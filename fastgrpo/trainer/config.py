@@ -1,0 +1,150 @@
+"""Every option of a run, as one frozen record. Where TRL has an option of the same meaning, it has the same name here.
+
+The string under a field is its help text on the command line. Nothing here imports torch.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+ObjectiveName = Literal[
+    "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "gspo_token", "luspo", "gmpo", "cispo", "sapo", "vespo",
+    "rloo", "reinforce", "gpg", "topr", "dppo_tv", "dppo_kl",
+]  # fmt: skip
+WITH_EPSILON = ("grpo", "dr_grpo", "dapo", "bnpo", "gspo", "gspo_token", "luspo", "gmpo", "rloo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Options of `fastgrpo train`."""
+
+    job: Annotated[str, tyro.conf.Suppress] = "story"
+    """What to train on."""
+    # Where and how it runs
+    output_dir: str | None = None
+    """Folder for everything the run leaves. Default: runs/<job>, or the next free runs/<job>-2, -3, ..."""
+    overwrite: bool = False
+    """Replace the run that `output_dir` holds; without it such a folder is refused."""
+    seed: int = 0
+    """Seeds data, initial weights and sampling. The same seed gives the same run on the same machine."""
+    threads: int = 1
+    """CPU threads. One is right for the small jobs: more is slower whenever the machine does anything else."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    cache_base: bool = True
+    """Reuse the base model that an earlier run with the same options has made."""
+
+    # Data and model
+    data: str | None = None
+    """JSON-lines file of the job's data (gsm8k-equations)."""
+    test_data: str | None = None
+    """JSON-lines file to test on; without it a part of `data` is held out."""
+    model_name_or_path: str | None = None
+    """Folder of a model that `save_pretrained` wrote, to start from instead of making a base."""
+
+    # Making the base model: supervised fine-tuning on worked examples
+    sft_steps: int = 1200
+    """Steps of supervised fine-tuning; 0 starts from random weights."""
+    sft_batch_size: int = 32
+    """Examples per SFT step."""
+    sft_learning_rate: float = 4e-3
+    """Peak learning rate of SFT; warms up over 50 steps, then falls linearly to 5 %."""
+
+    # GRPO: sampling
+    max_steps: int = 40
+    """GRPO steps: each samples fresh completions once."""
+    prompts_per_step: int = 16
+    """Questions per step; the batch is prompts_per_step x num_generations completions."""
+    num_generations: int = 8
+    """Completions per question (the group size G)."""
+    max_completion_length: int = 40
+    """Longest completion in tokens; a longer one is cut and earns nothing from the built-in rewards."""
+    temperature: float = 1.0
+    """Temperature of sampling. Training uses log-probabilities at the same temperature."""
+    sampler: Literal["auto", "kv", "transformers"] = "auto"
+    """kv: our own with a KV cache (Llama models); transformers: `generate`; auto: kv wherever it can serve."""
+
+    # GRPO: objective
+    objective: ObjectiveName = "grpo"
+    """The loss; each has its paper's clip bounds, reduction and advantage."""
+    beta: float = 0.04
+    """Weight of the KL term towards the reference model; 0 needs no reference and runs none."""
+    epsilon: float | None = None
+    """Clip range below 1 (and above, unless epsilon_high is given). Default: the objective's own."""
+    epsilon_high: float | None = None
+    """Clip range above 1."""
+    num_iterations: int = 1
+    """Updates per sampled batch (mu of Algorithm 1)."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """What advantages are divided by: the standard deviation in the group, in the batch, or nothing. Default: the
+    objective's own (group for GRPO)."""
+    drop_zero_advantage: bool = False
+    """Leave completions of zero advantage out of training. Faster late in a run, but while beta > 0 their KL term goes
+    too, so the update is not the paper's. With beta = 0 they are always left out: the update is the same."""
+    ref_sync_steps: int = 0
+    """Iterative GRPO: copy the policy to the reference every so many steps; 0 keeps the first reference."""
+
+    # GRPO: optimiser
+    learning_rate: float = 1e-4
+    """Peak learning rate of GRPO. 1e-3 damages small models within 60 steps."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: int = 5
+    """Steps over which the learning rate rises from 0."""
+    adam_beta1: float = 0.9
+    """AdamW's first decay rate."""
+    adam_beta2: float = 0.99
+    """AdamW's second decay rate."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; keeps a single KL spike from doing harm."""
+    per_device_train_batch_size: int = 64
+    """Completions per forward and backward pass. It changes speed and memory, not the result."""
+
+    # Evaluation and output
+    eval_questions: int = 512
+    """Held-out questions of the evaluations of the base and of the final model; 0 skips them."""
+    eval_samples: int = 8
+    """Samples per question behind pass@1, maj@k and pass@k (k = this number)."""
+    eval_temperature: float = 1.0
+    """Temperature of those samples."""
+    eval_steps: int = 10
+    """A small evaluation on other held-out questions every so many steps, for the curve; 0: none."""
+    logging_steps: int = 1
+    """Steps between lines of metrics.jsonl."""
+    report: bool = True
+    """Write report.html at the end."""
+    completions_to_show: int = 3
+    """Questions whose completions the report shows, before and after."""
+
+    def __post_init__(self) -> None:
+        """Reject numbers that cannot be meant, naming the option."""
+        whole = "threads sft_batch_size prompts_per_step max_completion_length num_iterations eval_samples"
+        whole += " per_device_train_batch_size logging_steps"
+        for name in whole.split():
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        natural = "sft_steps max_steps ref_sync_steps warmup_steps eval_questions eval_steps completions_to_show"
+        for name in natural.split():
+            self._require(name, getattr(self, name) >= 0, "must be at least 0")
+        for name in ("beta", "weight_decay"):
+            self._require(name, getattr(self, name) >= 0, "must be at least 0")
+        for name in (
+            "temperature",
+            "eval_temperature",
+            "learning_rate",
+            "sft_learning_rate",
+            "max_grad_norm",
+        ):
+            self._require(name, getattr(self, name) > 0, "must be above 0")
+        rule = "must be at least 2: a completion is compared with others of its group"
+        self._require("num_generations", self.num_generations >= 2, rule)
+        for name in ("epsilon", "epsilon_high"):
+            given = getattr(self, name) is not None
+            rule = f"does not belong to objective {self.objective}"
+            self._require(name, not given or self.objective in WITH_EPSILON, rule)
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} {rule}, got {getattr(self, name)!r}")

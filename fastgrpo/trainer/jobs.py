@@ -1,0 +1,77 @@
+"""The built-in jobs: what each is, and where its defaults differ from `TrainConfig`'s. Nothing here imports torch."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastgrpo.trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from fastgrpo.trainer.tasks.base import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job's line of help and its own defaults."""
+
+    about: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+JOBS = {
+    "story": Job(
+        "story problems with worked solutions: make a base model, then GRPO (the default)"
+    ),
+    "copy": Job(
+        "copy three digits: from random weights, by reinforcement alone, in about 15 CPU-seconds",
+        {
+            "sft_steps": 0,
+            "max_steps": 200,
+            "prompts_per_step": 32,
+            "num_generations": 16,
+            "max_completion_length": 4,
+            "learning_rate": 3e-3,
+            "beta": 0.0,
+            "per_device_train_batch_size": 512,
+            "eval_steps": 25,
+        },
+    ),
+    "gsm8k-equations": Job(
+        "the two-operand equations in GSM8K's solutions (needs --data FILE.jsonl)",
+        {
+            "sft_steps": 500,
+            "sft_batch_size": 64,
+            "max_steps": 160,
+            "prompts_per_step": 64,
+            "max_completion_length": 8,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "linear",
+            "per_device_train_batch_size": 512,
+            "eval_steps": 40,
+        },
+    ),
+}
+
+
+def default_config(job: str) -> TrainConfig:
+    """The options of a job where the user says nothing."""
+    return TrainConfig(job=job, **JOBS[job].defaults)
+
+
+def make_task(config: TrainConfig) -> "Task":
+    """The job's problems; reads the user's files if it has any."""
+    from fastgrpo.trainer.tasks.copy_digits import CopyDigits
+    from fastgrpo.trainer.tasks.gsm8k_equations import load_equations
+    from fastgrpo.trainer.tasks.story import Story
+
+    if config.job == "gsm8k-equations":
+        if config.data is None:
+            raise ValueError(
+                "data must name a GSM8K file for the job gsm8k-equations, e.g. --data train.jsonl"
+            )
+        return load_equations(config.data, config.test_data)
+    for name in ("data", "test_data"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} does not belong to the job {config.job}, which makes its own problems"
+            )
+    return CopyDigits() if config.job == "copy" else Story()

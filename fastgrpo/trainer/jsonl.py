@@ -1,0 +1,33 @@
+"""JSON-lines files of users: read strictly, so that a bad line is named and not guessed at."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """A file that cannot be used; its text names file and line."""
+
+
+def read_records(path: str, text_fields: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The objects of a file, each of which must have the given fields as text. Empty lines are skipped."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: expected an object, got {type(record).__name__}")
+        for field in text_fields:
+            if not isinstance(record.get(field), str):
+                raise DataError(f"{where}: expected text in field {field!r}")
+        yield record

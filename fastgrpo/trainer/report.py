@@ -1,0 +1,167 @@
+"""report.html: the result, curves and completions of a run in one file. No scripts, nothing fetched, text escaped."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from fastgrpo.trainer.evaluate import Answered, Evaluation
+from fastgrpo.trainer.plots import Curve, Record, png
+from fastgrpo.trainer.report_style import STYLE
+from fastgrpo.trainer.result import Result
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def render(result: Result) -> str:
+    """The whole page."""
+    title = f"fastgrpo: {result.config['job']}"
+    parts = [
+        f"<h1>{escape(title)}</h1><p class=sub>{escape(result.subtitle)}</p>",
+        *([f"<p class=note>{escape(result.stopped)}</p>"] if result.stopped else []),
+        "<h2>Result</h2>" + accuracy_table(result.base, result.final),
+        *(f"<p>{escape(text)}</p>" for text in result.words),
+        "<h2>Curves</h2>" + curves(result.records),
+        *(["<h2>Notes from the run</h2>" + notes(result.notes)] if result.notes else []),
+        *(
+            ["<h2>Completions, before and after</h2>" + samples(result)]
+            if result.base or result.final
+            else []
+        ),
+        "<h2>Where the time went</h2>" + times(result.seconds),
+        options(result.config),
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def accuracy_table(base: Evaluation | None, final: Evaluation | None) -> str:
+    """Base and final scores with standard errors, and the same per slice."""
+    some = final or base
+    if some is None:
+        return "<p>No evaluation was made.</p>"
+    head = "".join(f"<th>{escape(name)}</th>" for name in some.scores)
+    rows = [f"<tr><th></th>{head}<th>tokens</th></tr>"]
+    parts: list[str | None] = [None, *some.slices]
+    for part in parts:
+        views = [
+            (name, e if part is None or e is None else e.part(part))
+            for name, e in (("base", base), ("final", final))
+        ]
+        for name, view in views:
+            if view is not None:
+                label = name if part is None else f"{name}, {part} ({len(view.answered)})"
+                rows.append(score_row(label, view))
+        before, after = views[0][1], views[1][1]
+        if before is not None and after is not None:
+            rows.append(change_row(before, after))
+    return f"<table>{''.join(rows)}</table>"
+
+
+def score_row(label: str, evaluation: Evaluation) -> str:
+    """One evaluation."""
+    cells = "".join(
+        f"<td>{value:.3f} <span class=se>±{evaluation.stderr[name]:.3f}</span></td>"
+        for name, value in evaluation.scores.items()
+    )
+    return f"<tr><td>{escape(label)}</td>{cells}<td>{evaluation.mean_length:.1f}</td></tr>"
+
+
+def change_row(before: Evaluation, after: Evaluation) -> str:
+    """The difference of two evaluations."""
+    cells = ""
+    for name, value in after.scores.items():
+        change = value - before.scores[name]
+        cells += f"<td class={'up' if change >= 0 else 'down'}>{change:+.3f}</td>"
+    return f"<tr><td>change</td>{cells}<td>{after.mean_length - before.mean_length:+.1f}</td></tr>"
+
+
+def curves(records: Sequence[Record]) -> str:
+    """Pictures of what changed over the run."""
+    sft, grpo, evals = (
+        [r for r in records if r["phase"] == phase] for phase in ("sft", "grpo", "eval")
+    )
+    accuracy = [Curve("greedy", evals, "greedy", "o"), Curve("pass@1", evals, "pass@1", "o")]
+    reward = [Curve("mean", grpo, "reward"), Curve("spread in group", grpo, "reward_std")]
+    flat = [
+        Curve("all correct", grpo, "frac_groups_all_best"),
+        Curve("none correct", grpo, "frac_groups_all_worst"),
+    ]
+    plots = [
+        png("Accuracy on held-out questions", accuracy, top=1),
+        png("Reward", reward),
+        png("Completion length", [Curve("mean", grpo, "completions/mean_length")], unit="tokens"),
+        png("KL to the reference", [Curve("mean per token", grpo, "kl")], unit="nats"),
+        png("Entropy", [Curve("mean per token", grpo, "entropy")], unit="nats"),
+        png("Groups that say nothing", flat, top=1),
+        png("Gradient norm before clipping", [Curve("norm", grpo, "grad_norm")]),
+        png("SFT loss (making the base)", [Curve("loss", sft, "loss")], log=True),
+    ]
+    images = [f'<img src="{plot}" alt="plot">' for plot in plots if plot is not None]
+    return f"<div class=plots>{''.join(images)}</div>" if images else "<p>No step was made.</p>"
+
+
+def notes(texts: Sequence[str]) -> str:
+    """What the diagnostics said."""
+    return "".join(f"<p class=note>{escape(text)}</p>" for text in texts)
+
+
+def samples(result: Result) -> str:
+    """The same questions answered by the base and by the final model."""
+    first = result.final or result.base
+    assert first is not None
+    blocks = []
+    for i in range(min(int(result.config["completions_to_show"]), len(first.answered))):
+        sides = [
+            (name, e.answered[i])
+            for name, e in (("base", result.base), ("final", result.final))
+            if e is not None
+        ]
+        columns = "".join(
+            f"<div><div class=label>{name}</div>{answers(answered)}</div>"
+            for name, answered in sides
+        )
+        problem = first.answered[i].problem
+        blocks.append(
+            f"<div class=ask><pre>{escape(problem.prompt)}</pre>"
+            f"<div class=label>right answer: {escape(problem.answer)}</div><div class=pair>{columns}</div></div>"
+        )
+    return "".join(blocks)
+
+
+def answers(answered: Answered, shown: int = 2) -> str:
+    """The greedy completion and the first samples of one question."""
+    right = answered.problem.answer
+    rows = [("greedy", answered.greedy, answered.greedy_answer)]
+    rows += [
+        ("sample", text, answer)
+        for text, answer in zip(answered.samples, answered.answers, strict=True)
+    ][:shown]
+    blocks = []
+    for how, text, answer in rows:
+        verdict = "right" if answer == right else "wrong"
+        blocks.append(
+            f"<div class=label>{how}, {verdict}</div><pre class={verdict}>{escape(text) or '&nbsp;'}</pre>"
+        )
+    return "".join(blocks)
+
+
+def times(seconds: Mapping[str, float]) -> str:
+    """Seconds and shares of the run's parts."""
+    total = sum(seconds.values()) or 1.0
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{value:.1f} s</td><td>{value / total:.0%}</td></tr>"
+        for name, value in seconds.items()
+    )
+    return f"<table>{rows}</table>"
+
+
+def options(config: Mapping[str, object]) -> str:
+    """The effective options."""
+    rows = "".join(
+        f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in config.items()
+    )
+    return f"<details><summary>Options</summary><table>{rows}</table></details>"

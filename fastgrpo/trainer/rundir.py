@@ -1,0 +1,106 @@
+"""The folder of a run: claimed without overwriting another run, and filled so that every file is whole or absent."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+CONFIG, METRICS, SUMMARY, REPORT, MODEL = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "report.html",
+    "model",
+)
+OWN_FILES = (CONFIG, METRICS, SUMMARY, REPORT, MODEL)
+
+
+class RunDirError(ValueError):
+    """The output folder cannot be used; its text is for the user."""
+
+
+def claim(output_dir: str | None, name: str, config_yaml: str, overwrite: bool) -> Path:
+    """Makes the folder of a run and writes its config, the file by which it counts as taken.
+
+    Without `output_dir` it is runs/<name>, or the first free of runs/<name>-2, -3, ...; `runs/latest` points to it.
+    """
+    if output_dir is None:
+        return _claim_next(Path("runs"), name, config_yaml)
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise RunDirError(f"output_dir {path} is a file")
+    held = [file for file in OWN_FILES if (path / file).exists()]
+    if held and not overwrite:
+        raise RunDirError(
+            f"output_dir {path} holds another run ({', '.join(held)}): "
+            "choose another, or pass --overwrite to replace it"
+        )
+    for file in held:
+        target = path / file
+        shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink()
+    if not _take(path, config_yaml):
+        raise RunDirError(f"output_dir {path} was taken by another run just now")
+    return path
+
+
+def _claim_next(root: Path, name: str, config_yaml: str) -> Path:
+    number = 1
+    while True:
+        path = root / (name if number == 1 else f"{name}-{number}")
+        if not any((path / file).exists() for file in OWN_FILES) and _take(path, config_yaml):
+            break
+        number += 1
+    link = root / "latest"
+    if link.is_symlink() or not link.exists():
+        fresh = root / f".latest-{os.getpid()}"
+        fresh.symlink_to(path.name)
+        fresh.replace(link)
+    return path
+
+
+def _take(path: Path, config_yaml: str) -> bool:
+    """Whether the config could be created: of two runs that want one folder, one wins."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with (path / CONFIG).open("x", encoding="utf-8") as file:
+            file.write(config_yaml)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise RunDirError(f"output_dir {path} cannot be written: {error.strerror}") from None
+    return True
+
+
+def release(path: Path) -> None:
+    """Gives back a folder that nothing but the config was written to."""
+    (path / CONFIG).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in one piece: readers see the old one or the new one."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """`write_text` of JSON; numbers that JSON cannot hold become null."""
+    write_text(path, json.dumps(finite(content), indent=2) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The same content with NaN and infinities as None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,180 @@
+"""Samplers: our own with a KV cache for Llama models, and transformers' `generate` for every other model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.trainer.llama import LlamaDecoder, is_plain_llama
+from fastgrpo.trainer.rollout import Rollout, Sampler
+
+COMPACT_AT = 0.25
+"""Finished rows leave the batch once they are this share of it: copying the cache costs about two steps."""
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(ids [P, S], number of padding columns [P])."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+    return ids, torch.tensor([width - len(p) for p in prompts])
+
+
+def choose(
+    logits: Tensor, temperature: float, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:  # [B, V] -> ids [B], log-probabilities [B]
+    """Draws by Gumbel argmax, `argmax(logprob - log(exponential noise))`; without noise takes the likeliest token."""
+    logprob = torch.log_softmax(logits / (temperature or 1.0), -1)
+    score = logprob if noise is None else logprob - noise.log()
+    token_ids = score.argmax(-1)
+    return token_ids, logprob.gather(-1, token_ids[:, None])[:, 0]
+
+
+class KVSampler:
+    """Each prompt is run once, its cache repeated per sample, and finished rows leave the batch."""
+
+    name = "kv"
+
+    def __init__(
+        self, model: nn.Module, *, eos_id: int, pad_id: int, seed: int, compact: bool = True
+    ) -> None:
+        self.decoder = LlamaDecoder(model)
+        self.eos_id = eos_id
+        self.pad_id = pad_id
+        self.compact = compact
+        self.device = self.decoder.embedding.device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def refresh(self) -> None:
+        """Take over the policy's present weights."""
+        self.decoder.refresh()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+    ) -> Rollout:
+        """See `Sampler.sample`."""
+        ids, padding = pad_left(prompts, self.pad_id)
+        logits, cache = self.decoder.prefill(
+            ids.to(self.device), padding.to(self.device), max_new_tokens, num_samples
+        )
+        total, vocabulary = logits.shape
+        out_ids = ids.new_full((total, max_new_tokens), self.pad_id).to(self.device)
+        out_logprob = logits.new_zeros(total, max_new_tokens)
+        lengths = torch.full((total,), max_new_tokens, device=self.device)
+        ended = torch.zeros(total, dtype=torch.bool, device=self.device)
+        rows = torch.arange(
+            total, device=self.device
+        )  # the original row of each row still in the batch
+        noise = logits.new_empty(total, vocabulary) if temperature > 0 else None
+        for t in range(max_new_tokens):
+            if (
+                noise is not None
+            ):  # drawn for all rows, so that a row's noise does not depend on compaction
+                noise.exponential_(generator=self.generator)
+            token_ids, logprob = choose(logits, temperature, None if noise is None else noise[rows])
+            live = ~ended[rows]
+            token_ids = torch.where(live, token_ids, self.pad_id)
+            out_ids[rows, t] = token_ids
+            out_logprob[rows, t] = torch.where(live, logprob, 0.0)
+            stop = live & (token_ids == self.eos_id)
+            lengths[rows[stop]] = t + 1
+            ended[rows[stop]] = True
+            live &= ~stop
+            remaining = int(live.sum())
+            if remaining == 0 or t + 1 == max_new_tokens:
+                break
+            if self.compact and remaining <= (1 - COMPACT_AT) * len(rows):
+                kept = live.nonzero()[:, 0]
+                rows, token_ids, cache = rows[kept], token_ids[kept], cache.select(kept)
+            logits = self.decoder.step(token_ids, cache)
+        return unpad(prompts, num_samples, out_ids, out_logprob, lengths, ended)
+
+
+def unpad(
+    prompts: Sequence[Sequence[int]],
+    num_samples: int,
+    ids: Tensor,  # [B, T]
+    logprob: Tensor | None,  # [B, T]
+    lengths: Tensor,  # [B]
+    ended: Tensor,  # [B] bool
+) -> Rollout:
+    """Cuts every row at its length."""
+    cut = lengths.tolist()
+    rows = [row[:n] for row, n in zip(ids.tolist(), cut, strict=True)]
+    parts = None
+    if logprob is not None:
+        parts = [row[:n] for row, n in zip(logprob.cpu(), cut, strict=True)]
+    return Rollout(
+        prompt_ids=[list(p) for p in prompts for _ in range(num_samples)],
+        completion_ids=rows,
+        logprob=parts,
+        truncated=(~ended).tolist(),
+    )
+
+
+class TransformersSampler:
+    """`model.generate` behind the same protocol; log-probabilities from the logits that it returns."""
+
+    name = "transformers"
+
+    def __init__(self, model: nn.Module, *, eos_id: int, pad_id: int) -> None:
+        self.model: Any = model
+        self.eos_id = eos_id
+        self.pad_id = pad_id
+
+    def refresh(self) -> None:
+        """Nothing to do: it samples from the policy's own weights."""
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+    ) -> Rollout:
+        """See `Sampler.sample`; draws from torch's global generator, as `generate` does."""
+        ids, padding = pad_left(prompts, self.pad_id)
+        attention = torch.arange(ids.shape[1]) >= padding[:, None]
+        device = self.model.device
+        draw = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        out = self.model.generate(
+            input_ids=ids.repeat_interleave(num_samples, 0).to(device),
+            attention_mask=attention.long().repeat_interleave(num_samples, 0).to(device),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.eos_id,
+            pad_token_id=self.pad_id,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **(draw if temperature > 0 else {"do_sample": False}),
+        )
+        token_ids = out.sequences[:, ids.shape[1] :]
+        is_end = token_ids == self.eos_id
+        ended = is_end.any(-1)
+        width = token_ids.shape[1]
+        lengths = torch.where(ended, is_end.int().argmax(-1) + 1, width)
+        logprob = torch.stack(
+            [
+                torch.log_softmax(step.float() / (temperature or 1.0), -1).gather(
+                    -1, token_ids[:, t, None]
+                )[:, 0]
+                for t, step in enumerate(out.logits)
+            ],
+            dim=1,
+        )
+        return unpad(prompts, num_samples, token_ids, logprob, lengths, ended)
+
+
+def make_sampler(model: nn.Module, *, kind: str, eos_id: int, pad_id: int, seed: int) -> Sampler:
+    """The sampler of a kind: "kv", "transformers", or "auto" (kv wherever it computes exactly the model)."""
+    if kind == "kv" or (kind == "auto" and is_plain_llama(model)):
+        return KVSampler(model, eos_id=eos_id, pad_id=pad_id, seed=seed)
+    torch.manual_seed(seed)
+    return TransformersSampler(model, eos_id=eos_id, pad_id=pad_id)

@@ -1,0 +1,90 @@
+"""The numbers of one step, under the names that TRL's dashboards plot."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from fastgrpo.advantages import GroupAdvantage
+from fastgrpo.losses import PolicyLoss
+from fastgrpo.metrics import Metrics
+from fastgrpo.trainer.microbatch import MicroBatch
+from fastgrpo.trainer.rollout import Rollout
+
+
+class Tally:
+    """Adds up what the micro-batches of a step report; nothing is read from the device before `losses`."""
+
+    def __init__(self) -> None:
+        self.metrics: Metrics | None = None
+        self.loss: Tensor | float = 0.0
+        self.gaps: list[Tensor] = []
+
+    def add(self, result: PolicyLoss, batch: MicroBatch) -> None:
+        """Takes in one micro-batch; on-policy ones also compare the trainer's log-probabilities with the sampler's."""
+        self.metrics = (
+            result.metrics if self.metrics is None else self.metrics.merge(result.metrics)
+        )
+        self.loss = self.loss + result.loss.detach()
+        if batch.old_logprob is None and batch.rollout_logprob is not None:
+            assert result.logprob is not None
+            self.gaps.append((result.logprob - batch.rollout_logprob).abs())
+
+    def losses(self, *, with_kl: bool) -> dict[str, float]:
+        """Loss, KL (if there is a reference), entropy, clipping: what the loss itself measured."""
+        if self.metrics is None:  # every completion was left out
+            return {"loss": 0.0}
+        m = Metrics(self.metrics.data.cpu(), self.metrics.names)
+        numbers = {
+            "loss": self.loss,
+            "entropy": m["entropy"],
+            "clip_ratio/low_mean": m["clip_low"],
+            "clip_ratio/high_mean": m["clip_high"],
+            "clip_ratio/region_mean": m["clip_region"],
+            "fault": m.sum("fault"),
+        }
+        if with_kl:
+            numbers |= {"kl": m["kl"], "kl/max": m.max("kl")}
+        if self.gaps:
+            gap = torch.cat(self.gaps)
+            numbers["sampling/sampling_logp_difference/mean"] = gap.mean()
+            numbers["sampling/sampling_logp_difference/max"] = gap.max()
+        return {name: float(value) for name, value in numbers.items()}
+
+
+def reward_numbers(
+    names: Sequence[str],
+    reward: Tensor,  # [B, K]
+    advantage: GroupAdvantage,
+    group_size: int,
+) -> dict[str, float]:
+    """Rewards and their spread within groups."""
+    total = reward.nansum(1).view(-1, group_size)
+    flat = advantage.is_degenerate.view(-1, group_size)[:, 0]
+    best, worst = total.max(), total.min()
+    numbers = {
+        "reward": total.mean(),
+        "reward_std": advantage.std.view(-1, group_size)[:, 0].nanmean(),
+        "frac_reward_zero_std": flat.float().mean(),
+        "frac_groups_all_best": (flat & (total[:, 0] == best) & (best > 0)).float().mean(),
+        "frac_groups_all_worst": (flat & (total[:, 0] == worst) & (worst <= 0)).float().mean(),
+    }
+    for name, column in zip(names, reward.T, strict=True):
+        scored = column[~column.isnan()]
+        numbers[f"rewards/{name}/mean"] = scored.mean()
+        numbers[f"rewards/{name}/std"] = scored.std() if len(scored) > 1 else scored.new_zeros(())
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def length_numbers(rollout: Rollout) -> dict[str, float]:
+    """Lengths of completions, and the share that was cut at the maximum."""
+    lengths = rollout.lengths
+    ended = [n for n, cut in zip(lengths, rollout.truncated, strict=True) if not cut]
+    return {
+        "completions/mean_length": fmean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": 1 - len(ended) / len(lengths),
+        "completions/mean_terminated_length": fmean(ended) if ended else 0.0,
+    }
