@@ -1,0 +1,113 @@
+"""Log-probs and entropies of selected rows, chunk by chunk, and the backward that recomputes the logits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrpo.functional.linear.chunking import chunk_rows
+from fastgrpo.functional.linear.gradients import HeadGradients, Rows
+from fastgrpo.functional.linear.rows import Selection
+from fastgrpo.functional.linear.workspace import Workspace
+from fastgrpo.ops import token_logprob as ops
+
+
+class Scored(NamedTuple):
+    """Row statistics."""
+
+    logprob: Tensor  # [n]
+    entropy: Tensor  # [n] or [0]
+    lse: Tensor  # [n]
+
+
+class Upstream(NamedTuple):
+    """Gradients that arrive at log-probs and entropies; [0] is zero."""
+
+    dlogprob: Tensor
+    dentropy: Tensor
+
+    def active(self) -> Tensor:
+        """Rows [n] with something to pass on; NaN counts."""
+        masks = [value != 0 for value in self if value.numel()]
+        return (
+            self.dlogprob != 0
+            if not masks
+            else masks[0]
+            if len(masks) == 1
+            else masks[0] | masks[1]
+        )
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Tokens of a batch to score and how logits become log-probs."""
+
+    hidden: Tensor  # [N, H]
+    token_ids: Tensor  # [N]
+    temperature: Tensor  # [1] or [N]
+    logit_params: Tensor  # [0], [1] or [2]
+    with_entropy: bool
+
+    def temperature_of(self, selection: Selection) -> Tensor:
+        """Temperature of the selected rows."""
+        return (
+            self.temperature if self.temperature.numel() == 1 else selection.take(self.temperature)
+        )
+
+    def rows(self, selection: Selection, workspace: Workspace) -> tuple[Rows, Tensor]:
+        """Hidden states and tokens of the selected rows, and their logits in the workspace."""
+        rows = Rows(
+            selection.take(self.hidden).to(workspace.head.dtype),
+            selection.take(self.token_ids),
+            selection,
+        )
+        logits = workspace.logits(selection.count)
+        workspace.head.logits(rows.hidden, logits)
+        return rows, logits
+
+
+Visit = Callable[[Tensor, Rows, Tensor], None]  # logits of a chunk, its rows, their temperature
+
+
+def score_rows(
+    scoring: Scoring, selection: Selection, workspace: Workspace, visit: Visit | None = None
+) -> Scored:
+    """Score the selected rows. `visit` sees the logits of each chunk."""
+    parts = []
+    for chunk in chunk_rows(selection.count, workspace.limit):
+        piece = selection.piece(chunk)
+        rows, logits = scoring.rows(piece, workspace)
+        temperature = scoring.temperature_of(piece)
+        every_row = torch.empty(0, dtype=torch.bool, device=logits.device)
+        parts.append(ops.token_logprob_fwd(
+            logits, rows.target, every_row, temperature, scoring.logit_params, scoring.with_entropy
+        ))  # fmt: skip
+        if visit is not None:
+            visit(logits, rows, temperature)
+    if not parts:
+        empty = scoring.temperature.new_empty(0)
+        return Scored(empty, empty, empty)
+    return Scored(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def add_score_gradient(
+    scoring: Scoring, selection: Selection, scored: Scored, upstream: Upstream, gradients: HeadGradients,
+    workspace: Workspace,
+) -> None:  # fmt: skip
+    """Recompute the logits of the selected rows and add their gradients; `scored` and `upstream` are theirs."""
+    for chunk in chunk_rows(selection.count, workspace.limit):
+        piece, within = selection.piece(chunk), Selection.every(selection.count).piece(chunk)
+        rows, logits = scoring.rows(piece, workspace)
+        part = Upstream(*(within.take(value) for value in upstream))
+        ops.token_logprob_bwd(
+            logits,
+            rows.target,
+            scoring.temperature_of(piece),
+            scoring.logit_params,
+            *(within.take(value) for value in scored),
+            *part,
+            logits,
+        )
+        gradients.add(logits, rows, part.active(), workspace)

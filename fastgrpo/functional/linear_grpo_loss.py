@@ -1,0 +1,104 @@
+"""Autograd of the one-pass loss from hidden states: gradients are made in forward and scaled in backward."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastgrpo.functional.linear.gradients import Needs, Originals
+from fastgrpo.functional.linear.inputs import LinearOptions, make_head, product_dtype
+from fastgrpo.functional.linear.loss import Formula, Outcome, RowClasses, TokenInputs, linear_loss
+from fastgrpo.functional.linear.score import Scoring
+from fastgrpo.ops.scale_gradient import scale_gradient_
+
+NO_GRADIENT = Needs(False, False, False)
+
+
+def run_linear_loss(
+    like: Originals, scoring: Scoring, tokens: TokenInputs, formula: Formula, classes: RowClasses, needs: Needs,
+    options: LinearOptions, weight_grad_buffer: Tensor | None = None,
+) -> Outcome:  # fmt: skip
+    """Compute the loss, and the gradients that `needs` asks for, in autocast's dtype but outside of autocast."""
+    hidden, weight, bias = like
+    head = make_head(weight, bias, product_dtype(hidden), options.logits_precision)
+    with torch.autocast(hidden.device.type, enabled=False):
+        outcome = linear_loss(
+            head, scoring, tokens, formula, classes, like, needs, options, weight_grad_buffer
+        )
+    if classes.poison is None:
+        return outcome
+    return outcome._replace(loss=(outcome.loss * classes.poison).reshape(()))
+
+
+class LinearGRPOLossFunction(torch.autograd.Function):
+    """Only `loss` carries gradient; token_loss, logprob, entropy and metrics are marked non-differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        scoring: Scoring,
+        tokens: TokenInputs,
+        formula: Formula,
+        classes: RowClasses,
+        options: LinearOptions,
+        weight_grad_buffer: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Loss and gradients of every planned row."""
+        like = Originals(hidden, weight, bias)
+        needs = like.needs(ctx.needs_input_grad)
+        outcome = run_linear_loss(
+            like, scoring, tokens, formula, classes, needs, options, weight_grad_buffer
+        )
+        results = (outcome.token_loss, outcome.logprob, outcome.entropy, outcome.metrics)
+        ctx.mark_non_differentiable(*results)
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = tuple(None if value is None else value.dtype for value in like)
+        ctx.fixed = weight_grad_buffer is not None
+        ctx.save_for_backward(formula.grad_scale, classes.poison, *outcome.gradients)
+        return outcome.loss, *results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the stored gradients times dloss / grad_scale, scaled in place on the device.
+
+        The scaling bumps the version of the stored gradients, so a second backward raises instead of being wrong.
+        """
+        nothing = (None,) * 6
+        if dloss is None:
+            return (None, None, None, *nothing)
+        grad_scale, poison, *gradients = ctx.saved_tensors
+        scale = (dloss / grad_scale if grad_scale.numel() else dloss).reshape(1)
+        if poison is not None:
+            scale = scale * poison
+        if ctx.fixed:
+            scale = _only_one(scale)
+        on_host = scale.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (on_host and float(scale) == 1.0):  # a GPU's value is read by the kernel, not here
+            for gradient in gradients:
+                if gradient is not None:
+                    scale_gradient_(
+                        gradient,
+                        scale.to(torch.float64) if gradient.dtype == torch.float64 else scale,
+                    )
+        return (
+            *(
+                g if g is None else g.to(dtype)
+                for g, dtype in zip(gradients, ctx.dtypes, strict=True)
+            ),
+            *nothing,
+        )
+
+
+def _only_one(scale: Tensor) -> Tensor:
+    """Refuse an upstream gradient other than 1 once the weight's gradient is in the caller's buffer; NaN on a GPU."""
+    if scale.device.type == "cpu" and float(scale) != 1.0:
+        raise ValueError(
+            "linear_grpo_loss with weight_grad_buffer adds the gradient of the weight in forward, so the loss must be "
+            f"differentiated with an upstream gradient of 1 (scale through `normalizer`), got {float(scale)}"
+        )
+    return torch.where(scale == 1.0, 1.0, torch.nan)

@@ -1,0 +1,164 @@
+"""`linear_token_logprob`: log-probability and entropy of sampled tokens from hidden states, without all the logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastgrpo.functional.checks import (
+    as_mask,
+    flatten,
+    is_strict,
+    raise_on_fault,
+    require_flag,
+    require_token_ids,
+)
+from fastgrpo.functional.linear.gemm import Precision
+from fastgrpo.functional.linear.gradients import Originals
+from fastgrpo.functional.linear.inputs import (
+    LinearOptions,
+    check_head,
+    check_weight_grad_buffer,
+    make_head,
+    product_dtype,
+)
+from fastgrpo.functional.linear.logprob import logprob_backward, logprob_forward
+from fastgrpo.functional.linear.score import Scored, Scoring, Upstream
+from fastgrpo.functional.token_logprob import TokenLogprob, logit_params_tensor, temperature_tensor
+
+
+class LinearTokenLogprobFunction(torch.autograd.Function):
+    """Flat hidden states in, log-prob and entropy out; the backward recomputes the logits of the rows that need it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        token_ids: Tensor,
+        mask: Tensor,
+        temperature: Tensor,
+        logit_params: Tensor,
+        with_entropy: bool,
+        options: LinearOptions,
+        weight_grad_buffer: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Score the live rows and keep their statistics."""
+        ctx.dtype, ctx.options, ctx.with_entropy = product_dtype(hidden), options, with_entropy
+        ctx.weight_grad_buffer = weight_grad_buffer
+        head = make_head(weight, bias, ctx.dtype, options.logits_precision)
+        scoring = Scoring(hidden, token_ids, temperature, logit_params, with_entropy)
+        with torch.autocast(hidden.device.type, enabled=False):
+            scored, _ = logprob_forward(head, scoring, mask, options)
+        ctx.set_materialize_grads(False)
+        if not with_entropy:
+            ctx.mark_non_differentiable(scored.entropy)
+        ctx.save_for_backward(
+            hidden, weight, bias, token_ids, mask, temperature, logit_params, *scored
+        )
+        return scored.logprob, scored.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dlogprob: Tensor | None, dentropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, weight and bias in their own dtypes."""
+        hidden, weight, bias, token_ids, mask, temperature, logit_params, *scored = (
+            ctx.saved_tensors
+        )
+        if dlogprob is None and dentropy is None:
+            return (None,) * 10
+        like = Originals(hidden, weight, bias)
+        absent = scored[0].new_empty(0)
+        upstream = Upstream(
+            *(absent if g is None else g.contiguous() for g in (dlogprob, dentropy))
+        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = logprob_backward(
+                make_head(weight, bias, ctx.dtype, ctx.options.logits_precision),
+                like,
+                Scoring(hidden, token_ids, temperature, logit_params, ctx.with_entropy),
+                Scored(*scored),
+                upstream,
+                mask,
+                like.needs(ctx.needs_input_grad),
+                ctx.options,
+                ctx.weight_grad_buffer,
+            )
+        return (*found, *(None,) * 7)
+
+
+def linear_token_logprob(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    token_ids: Tensor,  # [...] integer, each in [0, V)
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,  # [...] bool
+    with_entropy: bool = False,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    logits_precision: Precision = "auto",
+    workspace_bytes: int | None = None,
+    capacity: int | None = None,
+    weight_grad_buffer: Tensor | None = None,  # [V, H] float32
+) -> TokenLogprob:
+    """`token_logprob` of the logits `hidden @ weight.T + bias`, of which only a chunk of rows exists at a time.
+
+    Masked rows are left out of every product, and the backward recomputes the logits of those rows alone whose upstream
+    gradient is not exactly 0. The products run in autocast's dtype if autocast is on, else in that of `hidden` (a
+    weight of another dtype is copied once per pass); gradients have the dtypes of their tensors.
+
+    Args:
+        hidden: Last hidden states at the positions that predict `token_ids`.
+        weight: Weight of the language-model head; any strides, tied or not. A sharded DTensor is gathered once.
+        token_ids: The tokens to score.
+        bias: Bias of the head.
+        temperature: A number > 0, or a tensor with one value per token.
+        mask: True where a token counts. Elsewhere log-prob, entropy and gradient are exactly 0, whatever is there. On a
+            GPU the number of live rows is read on the host (the one sync of this function) unless `capacity` is given.
+        with_entropy: Also return the entropy (differentiable).
+        logit_scale: See `token_logprob`.
+        logit_softcap: See `token_logprob`.
+        logits_precision: "float32" keeps half-precision products as the hardware sums them, in float32: on a GPU at
+            full speed, on a CPU by float32 products. "input" rounds the logits to the products' dtype, as everybody
+            else does. "auto" is "float32" on a GPU and "input" on a CPU; `path_report()` tells what ran.
+        workspace_bytes: Memory for logits at a time, whatever the number of tokens. Default: 160 MiB on a CPU, a 32nd
+            of a GPU's memory within 1 to 2.5 GiB.
+        capacity: Work on exactly this many rows, live ones first: static shapes and no sync, as graph capture needs.
+            If more rows are live, all live results are NaN.
+        weight_grad_buffer: float32 (float64 for a float64 weight) tensor that backward adds the gradient of `weight`
+            to, such as a main gradient; `weight` itself then receives none.
+
+    Returns:
+        TokenLogprob(logprob, entropy), float32 (float64 for float64 hidden states).
+
+    Raises:
+        TypeError: A tensor has the wrong dtype.
+        ValueError: Shapes or devices disagree, or a number is out of range. A token id outside [0, V) on a live token
+            gives NaN in that row; `fastgrpo.checks("strict")` raises on it.
+
+    Source: the policy term of Shao et al. 2024 (arXiv:2402.03300), Eq. 3.
+    """
+    hidden, weight, bias = check_head(hidden, weight, bias)
+    check_weight_grad_buffer(weight_grad_buffer, weight)
+    require_flag("with_entropy", with_entropy)
+    options = LinearOptions(logits_precision, workspace_bytes, capacity)
+    shape = hidden.shape[:-1]
+    ids = require_token_ids(token_ids, shape, hidden, "hidden")
+    live = hidden.new_empty(0, dtype=torch.bool)
+    if mask is not None:
+        live = flatten(as_mask(mask, shape, hidden, "hidden"), torch.bool)
+    scale = temperature_tensor(temperature, shape, hidden)
+    params = logit_params_tensor(logit_scale, logit_softcap, hidden)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logprob, entropy = LinearTokenLogprobFunction.apply(
+        flat, weight, bias, ids, live, scale, params, with_entropy, options, weight_grad_buffer
+    )
+    if is_strict():
+        raise_on_fault("linear_token_logprob", logprob.isnan())
+    return TokenLogprob(logprob.view(shape), entropy.view(shape) if with_entropy else None)
