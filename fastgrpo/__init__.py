@@ -18,20 +18,26 @@ if TYPE_CHECKING:
     )
     from fastgrpo.functional.checks import checks
     from fastgrpo.functional.kl_estimate import kl_estimate
+    from fastgrpo.functional.linear.report import path_report
+    from fastgrpo.functional.linear_token_logprob import linear_token_logprob
     from fastgrpo.functional.token_logprob import TokenLogprob, token_logprob
+    from fastgrpo.linear_losses import LinearGRPOLoss, linear_grpo_loss
     from fastgrpo.losses import GRPOLoss, PolicyLoss, grpo_loss, policy_loss
     from fastgrpo.metrics import Metrics
     from fastgrpo.objective import Objective
     from fastgrpo.ops.backend import backend_report
     from fastgrpo.reduction import global_normalizer
+    from fastgrpo.row_plan import RowPlan, plan_rows
     from fastgrpo.surrogates import register_surrogate
 
 _HOMES = {
     "GRPOLoss": "fastgrpo.losses",
     "GroupAdvantage": "fastgrpo.advantages",
+    "LinearGRPOLoss": "fastgrpo.linear_losses",
     "Metrics": "fastgrpo.metrics",
     "Objective": "fastgrpo.objective",
     "PolicyLoss": "fastgrpo.losses",
+    "RowPlan": "fastgrpo.row_plan",
     "TokenLogprob": "fastgrpo.functional.token_logprob",
     "backend_report": "fastgrpo.ops.backend",
     "checks": "fastgrpo.functional.checks",
@@ -40,6 +46,10 @@ _HOMES = {
     "group_advantage": "fastgrpo.advantages",
     "grpo_loss": "fastgrpo.losses",
     "kl_estimate": "fastgrpo.functional.kl_estimate",
+    "linear_grpo_loss": "fastgrpo.linear_losses",
+    "linear_token_logprob": "fastgrpo.functional.linear_token_logprob",
+    "path_report": "fastgrpo.functional.linear.report",
+    "plan_rows": "fastgrpo.row_plan",
     "policy_loss": "fastgrpo.losses",
     "process_advantage": "fastgrpo.advantages",
     "register_surrogate": "fastgrpo.surrogates",
@@ -50,9 +60,11 @@ _HOMES = {
 __all__ = [
     "GRPOLoss",
     "GroupAdvantage",
+    "LinearGRPOLoss",
     "Metrics",
     "Objective",
     "PolicyLoss",
+    "RowPlan",
     "TokenLogprob",
     "backend_report",
     "checks",
@@ -61,6 +73,10 @@ __all__ = [
     "group_advantage",
     "grpo_loss",
     "kl_estimate",
+    "linear_grpo_loss",
+    "linear_token_logprob",
+    "path_report",
+    "plan_rows",
     "policy_loss",
     "process_advantage",
     "register_surrogate",
