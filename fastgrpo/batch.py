@@ -72,10 +72,10 @@ class LossBatch:
 
 
 def sequence_shape(
-    value: Tensor, cu_seqlens: Tensor | None, name: str, trailing: int = 0
+    value: Tensor, cu_seqlens: Tensor | None, name: str, trailing: str = ""
 ) -> torch.Size:
-    """Shape of the tokens without trailing dimensions; raises unless padded [B, T], or packed [N] with cu_seqlens."""
-    dims, rest = value.dim() - trailing, ", V" * trailing
+    """Shape of the tokens without the trailing dimension; raises unless [B, T], or packed [N] with cu_seqlens."""
+    dims, rest = value.dim() - len(trailing), f", {trailing}" if trailing else ""
     if cu_seqlens is None and dims != 2:
         raise ValueError(
             f"{name} must hold padded [B, T{rest}] tokens, or packed [N{rest}] tokens with cu_seqlens, "

@@ -201,7 +201,7 @@ def grpo_loss(
     """
     logits = check_logits(logits, overwrite_logits)
     require_flag("with_entropy", with_entropy)
-    shape = sequence_shape(logits, cu_seqlens, "logits", trailing=1)
+    shape = sequence_shape(logits, cu_seqlens, "logits", trailing="V")
     ids = require_token_ids(token_ids, shape, logits, "logits")
     dtype = accumulate_dtype(logits.dtype)
     inputs = LossInputs(

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -105,9 +106,22 @@ def require_device(name: str, value: Tensor, like: Tensor, like_name: str) -> No
         )
 
 
+def has_tangent(value: Tensor) -> bool:
+    """Whether forward-mode differentiation (torch.func.jvp) carries a tangent with this tensor."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(value).tangent is not None
+
+
+def needs_grad(*values: Tensor) -> bool:
+    """Whether the autograd Function must run: an op by itself would drop the gradient, or the tangent, silently."""
+    reverse = torch.is_grad_enabled() and any(value.requires_grad for value in values)
+    return reverse or any(has_tangent(value) for value in values)
+
+
 def require_detached(name: str, value: Tensor) -> None:
     """Raise on a tensor that requires grad where no gradient is ever returned."""
-    if value.requires_grad and torch.is_grad_enabled():
+    if needs_grad(value):
         raise ValueError(f"{name} gets no gradient and must not require one; pass {name}.detach()")
 
 

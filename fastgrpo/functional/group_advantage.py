@@ -14,6 +14,7 @@ from fastgrpo.functional.checks import (
     describe,
     is_readable,
     is_strict,
+    needs_grad,
     require_detached,
     require_device,
     require_float,
@@ -260,7 +261,7 @@ def group_advantage(
     length = _check_lengths(lengths, baseline == "length_weighted", columns)
     order, offsets, size = group_layout(columns.shape[0], columns, "reward", group_size, group_ids)
     layout = (weight, length, order, offsets, params)
-    if torch.is_grad_enabled() and columns.requires_grad:
+    if needs_grad(columns):
         outputs = GroupAdvantageFunction.apply(columns, layout, size, spec)
     else:
         outputs = ops.group_advantage_fwd(columns, *layout, size, spec)

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastgrpo.functional.first_order import first_order_only
 from fastgrpo.ops.scale_gradient import scale_gradient_
 from fastgrpo.ops.surrogates import run_grpo_loss
 
@@ -35,19 +35,26 @@ class GRPOLossFunction(torch.autograd.Function):
         return loss, token_loss, logprob, entropy, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the stored gradient times dloss / grad_scale, scaled in place on the device.
 
-        The scaling bumps the version of the stored gradient, so a second backward raises instead of being wrong.
+        The scaling bumps the version of the stored gradient, so a second backward raises instead of being wrong. Where
+        the first backward (with retain_graph) did not have to scale, its caller may still hold that very buffer: later
+        ones return a scaled copy.
         """
         nothing = (None,) * (len(ctx.needs_input_grad) - 1)
         if dloss is None:
             return (None, *nothing)
         dlogits, grad_scale = ctx.saved_tensors
         scale = (dloss / grad_scale if grad_scale.numel() else dloss).reshape(1)
-        on_host = scale.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not (on_host and float(scale) == 1.0):  # a GPU's value is read by the kernel, not here
+        if torch.compiler.is_compiling():
+            scale_gradient_(dlogits, scale)
+            return (dlogits, *nothing)
+        if getattr(ctx, "handed_out", False):
+            dlogits = dlogits.clone()
+        ctx.handed_out = True
+        if scale.is_cuda or float(scale) != 1.0:  # a GPU's value is read by the kernel, not here
             scale_gradient_(dlogits, scale)
         return (dlogits, *nothing)
 

@@ -4,16 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgrpo.functional.checks import (
     flatten,
+    needs_grad,
     require_detached,
     require_device,
     require_float,
     require_number,
     require_shape,
 )
+from fastgrpo.functional.first_order import first_order_only
 from fastgrpo.functional.numbers import number_tensor
 from fastgrpo.ops import kl_estimate as ops
 from fastgrpo.reference.token_logprob import accumulate_dtype
@@ -38,7 +39,7 @@ class KLEstimateFunction(torch.autograd.Function):
         ctx.save_for_backward(output[1])
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, dvalue: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """Scale the stored derivative."""
         (derivative,) = ctx.saved_tensors
@@ -103,7 +104,7 @@ def kl_estimate(
     ref = side("ref_logprob", ref_logprob)
     old = flat.new_empty(0) if old_logprob is None else side("old_logprob", old_logprob)
     codes = (int(estimators[estimator]), int(gradients[gradient]))
-    if torch.is_grad_enabled() and flat.requires_grad:
+    if needs_grad(flat):
         value, _ = KLEstimateFunction.apply(flat, ref, old, params, *codes)
     else:
         value, _ = ops.kl_estimate(flat, ref, old, params, *codes)

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastgrpo.functional.first_order import first_order_only
 from fastgrpo.ops.surrogates import run_policy_loss
 
 
@@ -47,7 +47,7 @@ class PolicyLossFunction(torch.autograd.Function):
         ctx.spec, ctx.surrogate = inputs[14:]
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(
         ctx: Any, dloss: Tensor | None, dtoken: Tensor | None, *unused: Tensor | None
     ) -> tuple[Tensor | None, ...]:

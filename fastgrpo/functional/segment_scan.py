@@ -9,6 +9,7 @@ from fastgrpo.functional.checks import (
     data_check,
     describe,
     is_readable,
+    needs_grad,
     require_detached,
     require_device,
     require_float,
@@ -84,7 +85,7 @@ class SegmentScanFunction(torch.autograd.Function):
 
 
 def _scan(x: Tensor, decay: Tensor, cu_seqlens: Tensor, reverse: bool) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_grad(x):
         result: Tensor = SegmentScanFunction.apply(x, decay, cu_seqlens, reverse)
         return result
     return ops.segment_scan(x, decay, cu_seqlens, reverse)

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgrpo.functional.checks import (
     as_mask,
@@ -12,6 +11,7 @@ from fastgrpo.functional.checks import (
     describe,
     flatten,
     is_strict,
+    needs_grad,
     raise_on_fault,
     require_detached,
     require_device,
@@ -21,6 +21,7 @@ from fastgrpo.functional.checks import (
     require_shape,
     require_token_ids,
 )
+from fastgrpo.functional.first_order import first_order_only
 from fastgrpo.functional.numbers import number_tensor
 from fastgrpo.ops import token_logprob as ops
 from fastgrpo.reference.token_logprob import accumulate_dtype
@@ -63,7 +64,7 @@ class TokenLogprobFunction(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(
         ctx: Any, dlogprob: Tensor | None, dentropy: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None, None, None]:
@@ -200,7 +201,7 @@ def token_logprob(
         live = flatten(as_mask(mask, shape, logits, "logits"), torch.bool)
     scale = temperature_tensor(temperature, shape, logits)
     params = logit_params_tensor(logit_scale, logit_softcap, logits)
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if needs_grad(logits):
         logprob, entropy, _ = TokenLogprobFunction.apply(
             rows(logits), ids, live, scale, params, with_entropy, overwrite_logits
         )
