@@ -25,6 +25,7 @@ from fastgrpo.functional.linear.inputs import (
 )
 from fastgrpo.functional.linear.logprob import logprob_backward, logprob_forward
 from fastgrpo.functional.linear.score import Scored, Scoring, Upstream
+from fastgrpo.functional.linear.statistics import StatisticsVisitor
 from fastgrpo.functional.token_logprob import TokenLogprob, logit_params_tensor, temperature_tensor
 
 
@@ -44,33 +45,35 @@ class LinearTokenLogprobFunction(torch.autograd.Function):
         with_entropy: bool,
         options: LinearOptions,
         weight_grad_buffer: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Score the live rows and keep their statistics."""
+        outputs: tuple[str, ...] = (),
+    ) -> tuple[Tensor, ...]:
+        """Score the live rows and keep their statistics; `outputs` adds results without gradient."""
         ctx.dtype, ctx.options, ctx.with_entropy = product_dtype(hidden), options, with_entropy
         ctx.weight_grad_buffer = weight_grad_buffer
         head = make_head(weight, bias, ctx.dtype, options.logits_precision)
         scoring = Scoring(hidden, token_ids, temperature, logit_params, with_entropy)
         with torch.autocast(hidden.device.type, enabled=False):
-            scored, _ = logprob_forward(head, scoring, mask, options)
+            visitor = StatisticsVisitor(outputs, hidden.shape[0], logit_params)
+            scored = logprob_forward(head, scoring, mask, options, visitor if outputs else None)
         ctx.set_materialize_grads(False)
-        if not with_entropy:
-            ctx.mark_non_differentiable(scored.entropy)
+        extra = visitor.masked(mask)
+        ctx.mark_non_differentiable(*extra, *([] if with_entropy else [scored.entropy]))
         ctx.save_for_backward(
             hidden, weight, bias, token_ids, mask, temperature, logit_params, *scored
         )
-        return scored.logprob, scored.entropy
+        return scored.logprob, scored.entropy, *extra
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dlogprob: Tensor | None, dentropy: Tensor | None
+        ctx: Any, dlogprob: Tensor | None, dentropy: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight and bias in their own dtypes."""
         hidden, weight, bias, token_ids, mask, temperature, logit_params, *scored = (
             ctx.saved_tensors
         )
         if dlogprob is None and dentropy is None:
-            return (None,) * 10
+            return (None,) * len(ctx.needs_input_grad)
         like = Originals(hidden, weight, bias)
         absent = scored[0].new_empty(0)
         upstream = Upstream(
@@ -88,7 +91,7 @@ class LinearTokenLogprobFunction(torch.autograd.Function):
                 ctx.options,
                 ctx.weight_grad_buffer,
             )
-        return (*found, *(None,) * 7)
+        return (*found, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
 def linear_token_logprob(
@@ -144,21 +147,60 @@ def linear_token_logprob(
 
     Source: the policy term of Shao et al. 2024 (arXiv:2402.03300), Eq. 3.
     """
+    logprob, entropy, *_ = apply_scoring(
+        hidden,
+        weight,
+        token_ids,
+        bias=bias,
+        temperature=temperature,
+        mask=mask,
+        with_entropy=with_entropy,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        options=LinearOptions(logits_precision, workspace_bytes, capacity),
+        weight_grad_buffer=weight_grad_buffer,
+    )
+    return TokenLogprob(logprob, entropy if with_entropy else None)
+
+
+def apply_scoring(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    with_entropy: bool,
+    logit_scale: float,
+    logit_softcap: float | None,
+    options: LinearOptions,
+    weight_grad_buffer: Tensor | None = None,
+    outputs: tuple[str, ...] = (),
+) -> list[Tensor]:
+    """Check the arguments of `linear_token_logprob` and run it: log-prob, entropy ([0] if not asked for), `outputs`."""
     hidden, weight, bias = check_head(hidden, weight, bias)
     check_weight_grad_buffer(weight_grad_buffer, weight)
     require_flag("with_entropy", with_entropy)
-    options = LinearOptions(logits_precision, workspace_bytes, capacity)
     shape = hidden.shape[:-1]
     ids = require_token_ids(token_ids, shape, hidden, "hidden")
     live = hidden.new_empty(0, dtype=torch.bool)
     if mask is not None:
         live = flatten(as_mask(mask, shape, hidden, "hidden"), torch.bool)
-    scale = temperature_tensor(temperature, shape, hidden)
-    params = logit_params_tensor(logit_scale, logit_softcap, hidden)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logprob, entropy = LinearTokenLogprobFunction.apply(
-        flat, weight, bias, ids, live, scale, params, with_entropy, options, weight_grad_buffer
+    results = LinearTokenLogprobFunction.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        ids,
+        live,
+        temperature_tensor(temperature, shape, hidden),
+        logit_params_tensor(logit_scale, logit_softcap, hidden),
+        with_entropy,
+        options,
+        weight_grad_buffer,
+        outputs,
     )
     if is_strict():
-        raise_on_fault("linear_token_logprob", logprob.isnan())
-    return TokenLogprob(logprob.view(shape), entropy.view(shape) if with_entropy else None)
+        raise_on_fault("linear_token_logprob", results[0].isnan())
+    absent = 1 if not with_entropy else len(results)
+    return [value if k == absent else value.view(shape) for k, value in enumerate(results)]

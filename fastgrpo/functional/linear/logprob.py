@@ -41,8 +41,8 @@ def poison(values: Sequence[Tensor], live: Tensor, capacity: int | None) -> list
 
 def logprob_forward(
     head: Head, scoring: Scoring, mask: Tensor, options: LinearOptions, visit: Visit | None = None
-) -> tuple[Scored, Selection]:
-    """Score the live rows; results are [N], exactly 0 where masked. Also return the rows that were scored."""
+) -> Scored:
+    """Score the live rows; results are [N], exactly 0 where masked."""
     total = scoring.hidden.shape[0]
     selection = select_rows(mask, total, options.capacity)
     workspace = Workspace(head, options.workspace_bytes, selection.count, with_gradient=False)
@@ -54,7 +54,7 @@ def logprob_forward(
     if mask.numel() and options.capacity is not None:
         values = [value.where(mask, 0.0) if value.numel() else value for value in values]
         values = poison(values, mask, options.capacity)
-    return Scored(*values), selection
+    return Scored(*values)
 
 
 def power_of_two(upstream: Upstream) -> Tensor:
