@@ -23,7 +23,14 @@ def first_order_only(
             gradients = backward(ctx, *upstream)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return gradients
-        name = type(ctx).__name__.removesuffix("Backward").removesuffix("Function")
+        name = type(ctx).__name__.removesuffix("Backward").removesuffix("Generated")
+        name = name.removesuffix("Function")
+        if (
+            torch._C._functorch.peek_interpreter_stack() is not None
+        ):  # no way to mark a result there
+            raise RuntimeError(
+                f"fastgrpo: {name} cannot be differentiated inside a torch.func transform; use torch.autograd.grad"
+            )
         message = f"fastgrpo: {name} has no second derivative".encode()
         tracked = [None if g is None else g.detach().requires_grad_() for g in gradients]
         error = torch._C._functions.DelayedError(message, len(tracked))
