@@ -16,10 +16,12 @@ if TYPE_CHECKING:
         process_advantage,
         value_loss,
     )
+    from fastgrpo.choices import KL, Correction, Gamma, Gate, Reduce, Sigmoid
     from fastgrpo.functional.checks import checks
     from fastgrpo.functional.kl_estimate import kl_estimate
     from fastgrpo.functional.linear.report import path_report
     from fastgrpo.functional.linear_token_logprob import linear_token_logprob
+    from fastgrpo.functional.support_logprob import linear_support_logprob, support_logprob
     from fastgrpo.functional.token_logprob import TokenLogprob, token_logprob
     from fastgrpo.linear_losses import LinearGRPOLoss, linear_grpo_loss
     from fastgrpo.losses import GRPOLoss, PolicyLoss, grpo_loss, policy_loss
@@ -31,13 +33,19 @@ if TYPE_CHECKING:
     from fastgrpo.surrogates import register_surrogate
 
 _HOMES = {
+    "Correction": "fastgrpo.choices",
     "GRPOLoss": "fastgrpo.losses",
+    "Gamma": "fastgrpo.choices",
+    "Gate": "fastgrpo.choices",
     "GroupAdvantage": "fastgrpo.advantages",
+    "KL": "fastgrpo.choices",
     "LinearGRPOLoss": "fastgrpo.linear_losses",
     "Metrics": "fastgrpo.metrics",
     "Objective": "fastgrpo.objective",
     "PolicyLoss": "fastgrpo.losses",
+    "Reduce": "fastgrpo.choices",
     "RowPlan": "fastgrpo.row_plan",
+    "Sigmoid": "fastgrpo.choices",
     "TokenLogprob": "fastgrpo.functional.token_logprob",
     "backend_report": "fastgrpo.ops.backend",
     "checks": "fastgrpo.functional.checks",
@@ -47,24 +55,32 @@ _HOMES = {
     "grpo_loss": "fastgrpo.losses",
     "kl_estimate": "fastgrpo.functional.kl_estimate",
     "linear_grpo_loss": "fastgrpo.linear_losses",
+    "linear_support_logprob": "fastgrpo.functional.support_logprob",
     "linear_token_logprob": "fastgrpo.functional.linear_token_logprob",
     "path_report": "fastgrpo.functional.linear.report",
     "plan_rows": "fastgrpo.row_plan",
     "policy_loss": "fastgrpo.losses",
     "process_advantage": "fastgrpo.advantages",
     "register_surrogate": "fastgrpo.surrogates",
+    "support_logprob": "fastgrpo.functional.support_logprob",
     "token_logprob": "fastgrpo.functional.token_logprob",
     "value_loss": "fastgrpo.advantages",
 }
 
 __all__ = [
+    "KL",
+    "Correction",
     "GRPOLoss",
+    "Gamma",
+    "Gate",
     "GroupAdvantage",
     "LinearGRPOLoss",
     "Metrics",
     "Objective",
     "PolicyLoss",
+    "Reduce",
     "RowPlan",
+    "Sigmoid",
     "TokenLogprob",
     "backend_report",
     "checks",
@@ -74,12 +90,14 @@ __all__ = [
     "grpo_loss",
     "kl_estimate",
     "linear_grpo_loss",
+    "linear_support_logprob",
     "linear_token_logprob",
     "path_report",
     "plan_rows",
     "policy_loss",
     "process_advantage",
     "register_surrogate",
+    "support_logprob",
     "token_logprob",
     "value_loss",
 ]
