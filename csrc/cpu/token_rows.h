@@ -139,17 +139,18 @@ void write_row_gradient(const TokenRows<T>& rows, int64_t row, TokenGrad g, T* o
   const int64_t token = rows.token_ids[row];
   const RowMap map = rows.map(row);
   const double v_token = TokenRows<T>::value(z[token], map);
-  // log p is measured from the token, whose log-prob has more digits than lse; from lse where the token has none.
-  const bool from_token = g.logprob != -kInf;
+  // log p is measured from the token or from lse, whichever rounds less: at v = 1e37 lse has lost the log of the sum.
+  const double v_lse = g.lse / rows.unit();
+  const bool from_token = std::fabs(g.logprob) < std::fabs(v_lse * map.scale);
   const double dx_dz = map.cap == 0 ? map.scale : map.scale * map.cap;
   const RowGrad grad{
-      from_token ? v_token : g.lse / rows.unit(),
+      from_token ? v_token : v_lse,
       from_token ? g.logprob * kLog2E : 0.0,
       -(g.dlogprob + g.dentropy * g.entropy) * dx_dz,
       -(g.dentropy * kLn2) * dx_dz,
   };
   rows.kernels.write_grad(z, out, width, map, grad);
-  if (from_token) {
+  if (g.logprob != -kInf) {
     const double p = std::exp(g.logprob);
     double dx = -g.dlogprob * std::expm1(g.logprob);
     if (p != 0) {
