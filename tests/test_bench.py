@@ -1,14 +1,18 @@
 """The benchmark: it judges before it ranks, names who is missing, and its files hold what it printed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fastgrpo.bench.goals import verdicts
 from fastgrpo.bench.main import cases, main, parser
 from fastgrpo.bench.problems import Case, make_problem
+from fastgrpo.bench.providers import PROVIDERS
 from fastgrpo.bench.providers.base import Contestant, Provider, Unavailable
 from fastgrpo.bench.report import cells, markdown
+from fastgrpo.bench.rows import Row, compare, read_jsonl
 from fastgrpo.bench.run import environment, run_case
 
 CPU = torch.device("cpu")
@@ -47,8 +51,9 @@ def _planted(change):
         lambda out: out["dlogits"].zero_(),  # a gradient that trains on nothing
         lambda out: out["dlogits"].mul_(1.2),  # a wrong normaliser
         lambda out: out["dlogits"][0, 0].fill_(float("nan")),  # NaN in one row
+        lambda out: out.pop("dlogits"),  # no gradient at all: nothing that could be wrong
     ],
-    ids=["logprob+1", "zero gradient", "scaled gradient", "nan"],
+    ids=["logprob+1", "zero gradient", "scaled gradient", "nan", "no gradient"],
 )
 def test_a_wrong_provider_is_marked_and_never_ranked(change):
     providers = [
@@ -96,7 +101,7 @@ def test_losses_are_printed_as_losses():
         SMALL, CPU, rounds=3, budget_seconds=1, seed=0, say=lambda _: None, providers=providers
     )
     assert any(cell.endswith("x SLOWER") for cell in cells(rows[1]))
-    assert "SLOWER" in markdown(environment(CPU, 0), rows)
+    assert "SLOWER" in markdown(environment(CPU, 0), rows, [])
 
 
 @pytest.mark.parametrize("what", ["logprob", "loss", "linear", "advantage"])
@@ -120,8 +125,19 @@ def test_inactive_share_is_what_was_asked_for(by):
 
 
 def test_command_writes_one_line_per_row(tmp_path, capsys):
-    arguments = ["--quick", "--what", "logprob", "--dtype", "float32", "--out", str(tmp_path)]
+    arguments = [
+        "--quick",
+        "--what",
+        "logprob",
+        "--dtype",
+        "float32",
+        "--entropy",
+        "on",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(arguments) == 0
+    assert [row.provider for _, row in read_jsonl(tmp_path / "results.jsonl")]
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {"eager", "torch.compile", "TRL", "fastgrpo", "bandwidth floor"} <= {
         x["provider"] for x in lines
@@ -132,6 +148,53 @@ def test_command_writes_one_line_per_row(tmp_path, capsys):
     assert "logprob train float32" in capsys.readouterr().out
     assert (tmp_path / "results.md").read_text().startswith("# Benchmark on ")
     assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+def _row(provider, ms, active=1.0, **more):
+    case = Case("linear", "train", 256, 1000, 64, torch.bfloat16, active=active)
+    row = Row.of(case, _provider(provider, None, ours=provider == "fastgrpo"))
+    return replace(row, ms=ms, **more)
+
+
+def test_kernel_and_skipped_work_are_told_apart():
+    """Dense: 1.5 times faster. With 40 % active rows 3 times: the other factor 2 is work not done."""
+    rows = [_row("fastgrpo", 10), _row("TRL", 15)]
+    rows += [_row("fastgrpo", 4, active=0.4), _row("TRL", 12, active=0.4)]
+    compare(rows)
+    peer = rows[3]
+    assert (peer.speedup_of_ours, peer.kernel_speedup) == (3.0, 1.5)
+    assert peer.skipped_speedup == 2.0
+    assert "1.50 x 2.00" in cells(peer)
+
+
+def test_goals_pass_and_fail_by_what_was_measured():
+    rows = [_row("fastgrpo", 10), _row("TRL", 10.4), _row("Liger", 30)]
+    rows += [_row("fastgrpo", 5, active=0.4)]
+    compare(rows)
+    outcomes = {verdict.goal: (verdict.target, verdict.passed) for verdict in verdicts(rows, False)}
+    assert outcomes == {
+        "times faster than the best peer": (1.05, False),
+        "times faster than Liger": (2.7, True),
+        "times faster than with all rows active (ideal 2.50)": (2.12, False),
+    }
+
+
+def test_a_goal_without_its_rows_has_no_verdict():
+    rows = [_row("fastgrpo", 10), _row("TRL", 1, wrong=True)]
+    compare(rows)
+    assert verdicts(rows, False) == []
+
+
+def test_only_the_backward_is_timed_and_judged():
+    case = replace(SMALL, mode="backward")
+    some = [p for p in PROVIDERS["logprob"] if p.is_ours or p.is_floor]
+    rows = run_case(
+        case, CPU, rounds=3, budget_seconds=1, seed=0, say=lambda _: None, providers=some
+    )
+    by_name = {row.provider: row for row in rows}
+    assert set(by_name["fastgrpo"].errors) == {"gradient"}
+    assert not by_name["fastgrpo"].wrong
+    assert by_name["bandwidth floor"].ms > 0
 
 
 def test_unknown_names_are_refused_with_the_known_ones():

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastgrpo.bench.problems import Case
+
 # What a provider may be off by and still be ranked. Logits rounded to bf16 cost 0.08 nats and 3 % of a gradient.
 LIMITS = {"logprob": 0.5, "entropy": 1.0, "loss": 0.05, "gradient": 0.10, "advantage": 1e-2}
 
@@ -17,11 +19,10 @@ def errors(
     for name, value in outputs.items():
         if name not in expected:
             continue
-        want, got = expected[name], value.detach().double().cpu()
-        want = want.cpu()
+        want = expected[name]
+        got = value.detach()[: len(want)].double() if want.dim() else value.detach().double()
         if name in ("logprob", "entropy"):
-            live = mask.cpu()
-            found[name] = float((got - want)[live].abs().max())
+            found[name] = float((got - want)[mask].abs().max())
         elif name == "advantage":
             found[name] = float((got - want).abs().max())
         elif name == "loss":
@@ -30,6 +31,17 @@ def errors(
             relative = torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want)
             found["gradient"] = max(float(relative), found.get("gradient", 0.0))
     return found
+
+
+def required(case: Case) -> set[str]:
+    """What a provider must return to be compared: the result, and every gradient that was asked for."""
+    names = {"linear": "loss"}.get(case.what, case.what)
+    wanted = set() if case.mode == "backward" else {names}
+    if case.mode == "forward" or case.what == "advantage":
+        return wanted
+    if case.what != "linear":
+        return wanted | {"dlogits"}
+    return wanted | ({"dhidden"} if case.frozen_head else {"dhidden", "dweight"})
 
 
 def is_wrong(found: dict[str, float]) -> bool:

@@ -1,31 +1,47 @@
-"""`fastgrpo bench`: one command, one table, JSON lines, a page and a plot."""
+"""`fastgrpo bench`: one command, one table, JSON lines, a page and a plot.
+
+On a CPU, run it once more with THP_MEM_ALLOC_ENABLE=1 in the environment: PyTorch's allocator then asks for huge pages,
+which makes providers that allocate much up to three times faster. A process has one setting, and the results record it.
+"""
 
 import argparse
 import sys
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from fastgrpo.bench.goals import verdicts
 from fastgrpo.bench.problems import Case, preset
-from fastgrpo.bench.report import markdown, plot, print_table, write_jsonl
-from fastgrpo.bench.run import Row, environment, run_case
+from fastgrpo.bench.report import markdown, plot, print_table
+from fastgrpo.bench.rows import Row, compare, write_jsonl
+from fastgrpo.bench.run import environment, run_case
 
 KINDS = ("logprob", "loss", "linear", "advantage")
+MODES = ("forward", "backward", "train")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ENTROPY = {"off": False, "on": True}
 
 
 def parser() -> argparse.ArgumentParser:
     """Build the command line."""
-    p = argparse.ArgumentParser(prog="fastgrpo bench", description=__doc__)
-    p.add_argument("--what", default=",".join(KINDS), help=f"comma-separated: {', '.join(KINDS)}")
+    p = argparse.ArgumentParser(
+        prog="fastgrpo bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
+    names = "comma-separated: {}".format
+    p.add_argument("--what", default=",".join(KINDS), help=names(", ".join(KINDS)))
+    p.add_argument("--mode", default="forward,train", help=names(", ".join(MODES)))
     p.add_argument(
         "--preset", default="qwen2.5-0.5b", help="model whose hidden size and vocabulary are used"
     )
     p.add_argument(
         "--tokens", type=int, help="tokens per call (default 256 on a CPU, 8192 on a GPU)"
     )
+    p.add_argument("--dtype", default="bfloat16,float32", help=names(", ".join(DTYPES)))
     p.add_argument(
-        "--dtype", default="bfloat16,float32", help=f"comma-separated: {', '.join(DTYPES)}"
+        "--entropy", default="off,on", help="off, on or both; the linear losses take the first"
     )
     p.add_argument(
         "--active", default="1,0.4", help="shares of rows with a gradient, for the linear losses"
@@ -40,31 +56,49 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _listed(args: argparse.Namespace, option: str, known: Any) -> list[str]:
+    values: list[str] = getattr(args, option).split(",")
+    unknown = [value for value in values if value not in known]
+    if unknown:
+        raise SystemExit(
+            f"fastgrpo bench: unknown {', '.join(unknown)}; --{option} takes {', '.join(known)}"
+        )
+    return values
+
+
 def cases(args: argparse.Namespace) -> list[Case]:
     """Every case that the command line asks for."""
-    kinds = args.what.split(",")
-    unknown = sorted(set(kinds) - set(KINDS)) + sorted(set(args.dtype.split(",")) - set(DTYPES))
-    if unknown:
-        known = f"--what takes {', '.join(KINDS)}, --dtype {', '.join(DTYPES)}"
-        raise SystemExit(f"fastgrpo bench: unknown {', '.join(unknown)}; {known}")
+    dtypes = [DTYPES[name] for name in _listed(args, "dtype", DTYPES)]
+    entropy = [ENTROPY[name] for name in _listed(args, "entropy", ENTROPY)]
+    modes = _listed(args, "mode", MODES)
     hidden, vocabulary = (64, 2048) if args.quick else preset(args.preset)
     tokens = args.tokens or (128 if args.quick else 256 if args.device == "cpu" else 8192)
-    shares = [float(share) for share in args.active.split(",")]
     found: list[Case] = []
-    for kind in kinds:
+    for kind in _listed(args, "what", KINDS):
         if kind == "advantage":
             found += [Case(kind, "forward", 64 * b, 1, 0, torch.float32) for b in (64, 8192)]
-            continue
-        for dtype in (DTYPES[name] for name in args.dtype.split(",")):
+        for dtype in dtypes if kind != "advantage" else ():
             size = (tokens, vocabulary, hidden, dtype)
-            found += [Case(kind, mode, *size) for mode in ("forward", "train")]
             if kind == "linear":
-                idle = [
-                    (share, by) for share in shares if share < 1 for by in ("mask", "advantage")
-                ]
-                found += [Case(kind, "train", *size, active=f, skip_by=by) for f, by in idle]
-                found += [Case(kind, "train", *size, frozen_head=True)]
+                shares = [float(share) for share in args.active.split(",")]
+                found += _linear(size, modes, shares, entropy[0])
+            else:
+                # A log-prob alone has a backward of its own; a loss makes its gradient in forward.
+                allowed = [m for m in modes if m != "backward" or kind == "logprob"]
+                found += [Case(kind, m, *size, entropy=e) for m, e in product(allowed, entropy)]
     return found
+
+
+def _linear(
+    size: tuple[int, int, int, torch.dtype], modes: list[str], shares: list[float], entropy: bool
+) -> Iterator[Case]:
+    for mode in modes:
+        if mode != "backward":
+            yield Case("linear", mode, *size, entropy=entropy)
+    if "train" in modes:
+        for share, by in product([s for s in shares if s < 1], ("mask", "advantage")):
+            yield Case("linear", "train", *size, active=share, skip_by=by, entropy=entropy)
+        yield Case("linear", "train", *size, frozen_head=True, entropy=entropy)
 
 
 def main(argv: list[str]) -> int:
@@ -73,11 +107,14 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     env = environment(device, args.seed)
+    torch_version, pages = env["versions"]["torch"], "on" if env["thp"] else "off"
     print(
-        f"{env['device']}, {env['threads']} thread(s), ISA {env['cpu_isa']}, torch {env['versions']['torch']}"
+        f"{env['device']}, {env['threads']} thread(s), ISA {env['cpu_isa']}, torch {torch_version}"
     )
     if device.type == "cpu":
-        print("CPU: processor time of interleaved runs; read the ratios, not the milliseconds.")
+        print(
+            f"CPU: processor time of interleaved runs, huge pages {pages}; read the ratios, not the milliseconds."
+        )
     rows: list[Row] = []
     plan = cases(args)
     rounds, budget = (5, 1.0) if args.quick else (args.rounds, args.budget)
@@ -86,12 +123,14 @@ def main(argv: list[str]) -> int:
         done = run_case(
             case, device, rounds=rounds, budget_seconds=budget, seed=args.seed, say=print
         )
-        print_table(done)
         rows += done
+        compare(rows)
+        goals = verdicts(rows, device.type == "cuda")
+        print_table(done, [goal for goal in goals if goal.case == str(case)])
         if args.out:  # after each case: an interrupted run keeps what it measured
             args.out.mkdir(parents=True, exist_ok=True)
             write_jsonl(args.out / "results.jsonl", env, rows)
-            (args.out / "results.md").write_text(markdown(env, rows))
+            (args.out / "results.md").write_text(markdown(env, rows, goals))
     if args.out:
         files = ["results.jsonl", "results.md"]
         if plot(args.out / "results.png", rows):

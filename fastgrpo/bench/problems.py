@@ -1,6 +1,7 @@
 """The inputs that every provider gets, and the float64 answer that it is held against."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from fastgrpo.testing import SHAPES
 # Objective of every loss benchmark: GRPO with k3 KL, mean over tokens; each peer can be told the same.
 BETA, EPSILON = 0.04, 0.2
 GROUP = 8  # completions per prompt
+# The float64 answer is made in blocks of rows of about this many elements, and a gradient of the logits is judged on
+# the first sequences of this many: 8 bytes per element of a large GPU problem would not fit beside it.
+GOLD_BLOCK, GOLD_JUDGED = 2**25, 2**26
 OBJECTIVE = Objective.bnpo(epsilon=EPSILON, beta=BETA)
 # With zero-advantage rows to skip, KL must be off: it would keep their gradient.
 OBJECTIVE_NO_KL = Objective.bnpo(epsilon=EPSILON)
@@ -21,7 +25,7 @@ class Case:
     """One row group of the table: what is computed, on which shape."""
 
     what: str  # logprob, loss, linear, advantage
-    mode: str  # forward, or train: forward and gradient
+    mode: str  # forward, backward (of a forward that is not timed), or train: both
     tokens: int
     vocabulary: int
     hidden: int
@@ -29,6 +33,7 @@ class Case:
     active: float = 1.0  # share of the rows with a gradient
     skip_by: str = "mask"  # how the others are inactive: mask, or advantage (zero-advantage groups)
     frozen_head: bool = False
+    entropy: bool = True  # whether the entropy is asked for; who always or never gives it takes part all the same
     length: int = 64  # tokens per completion
 
     @property
@@ -44,7 +49,8 @@ class Case:
             f" H={self.hidden}" if self.what == "linear" else ""
         )
         share = "" if self.active == 1 else f" active {self.active:.0%} by {self.skip_by}"
-        return f"{self.what} {self.mode} {dtype} {size}{share}{' frozen head' if self.frozen_head else ''}"
+        marks = " frozen head" if self.frozen_head else ""
+        return f"{self.what} {self.mode} {dtype} {size}{share}{marks}{' with entropy' if self.entropy else ''}"
 
 
 @dataclass
@@ -63,6 +69,23 @@ class Problem:
     weight: Tensor | None = None  # [V, H]
     expected: dict[str, Tensor] = field(default_factory=dict)
 
+    def of_sequences(self, some: slice) -> "Problem":
+        """The problem of some of the completions, without what is large."""
+        names = ("token_ids", "mask", "advantage", "old_logprob", "ref_logprob", "reward")
+        return replace(
+            self,
+            logits=None,
+            hidden=None,
+            expected={},
+            **{n: getattr(self, n)[some] for n in names},
+        )
+
+    def share_of(self, whole: "Problem") -> Tensor | float:
+        """What a mean over the tokens of this part counts in the mean over those of the whole."""
+        if self.case.what == "logprob":
+            return 1.0
+        return self.mask.sum().double() / whole.mask.sum().double()
+
     @property
     def objective(self) -> Objective:
         """GRPO with KL, without it where zero-advantage rows shall cost nothing."""
@@ -78,61 +101,87 @@ def preset(name: str) -> tuple[int, int]:
 
 
 def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
-    """Draw realistic inputs: peaked rows (normaliser 10 to 30), tokens sampled, an old policy that is a little off."""
-    g = torch.Generator().manual_seed(seed)
+    """Draw realistic inputs: peaked rows (normaliser 10 to 30), tokens sampled, an old policy that is a little off.
+
+    Cases that differ only in what is computed share their tensors and their float64 answer.
+    """
+    drawn = replace(case, mode="train", frozen_head=False, entropy=True)
+    return replace(_draw(drawn, device, seed), case=case)
+
+
+@lru_cache(maxsize=1)
+def _draw(case: Case, device: torch.device, seed: int) -> Problem:
+    g = torch.Generator(device).manual_seed(seed)
     b, t, v, h = case.completions, case.length, case.vocabulary, case.hidden
     if case.what == "advantage":
         v = 1  # no vocabulary is involved
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device)
+
     hidden = weight = logits = None
     if case.what == "linear":
-        rows = hidden = torch.randn(b, t, h, generator=g).to(case.dtype)
-        weight = (torch.randn(v, h, generator=g) * (5.0 / h**0.5)).to(case.dtype)
+        rows = hidden = normal(b, t, h).to(case.dtype)
+        weight = (normal(v, h) * (5.0 / h**0.5)).to(case.dtype)
     else:
-        rows = logits = (torch.randn(b, t, v, generator=g) * 5.0).to(case.dtype)
-    parts = [_rows(part, weight) for part in rows.flatten(0, 1).split(64)]
-    token_ids = torch.cat([torch.multinomial(part.softmax(-1), 1, generator=g) for part in parts])
-    logprob = torch.cat([part.log_softmax(-1) for part in parts]).gather(1, token_ids).view(b, t)
-    advantage = torch.randn(b, generator=g)
-    mask = torch.ones(b, t, dtype=torch.bool)
+        rows = logits = torch.cat([(normal(1, t, v) * 5.0).to(case.dtype) for _ in range(b)])
+    sampled = []
+    for part in rows.flatten(0, 1).split(64):
+        x = (part.float() if weight is None else (part @ weight.T).float()).log_softmax(-1)
+        ids = torch.multinomial(x.exp(), 1, generator=g)
+        sampled.append((ids, x.gather(1, ids)))
+    token_ids, logprob = (torch.cat(parts).view(b, t) for parts in zip(*sampled, strict=True))
+    advantage = normal(b)
+    mask = torch.ones(b, t, dtype=torch.bool, device=device)
     if case.skip_by == "mask":
-        mask = (torch.arange(t) < round(t * case.active)).expand(b, t).contiguous()
+        mask = (torch.arange(t, device=device) < round(t * case.active)).expand(b, t).contiguous()
     else:
-        advantage[torch.randperm(b, generator=g)[: b - round(b * case.active)]] = 0.0
-    old, ref = (logprob + 0.1 * torch.randn(b, t, generator=g) for _ in range(2))
-    reward = torch.randint(0, 2, (b,), generator=g).float()
-    tensors = (token_ids.view(b, t), mask, advantage, old, ref, reward, logits, hidden, weight)
-    problem = Problem(case, *(None if x is None else x.to(device) for x in tensors))  # type: ignore[arg-type]
+        idle = torch.randperm(b, generator=g, device=device)[: b - round(b * case.active)]
+        advantage[idle] = 0.0
+    old, ref = (logprob + 0.1 * normal(b, t) for _ in range(2))
+    reward = torch.randint(0, 2, (b,), generator=g, device=device).float()
+    problem = Problem(case, token_ids, mask, advantage, old, ref, reward, logits, hidden, weight)
     problem.expected = expected(problem)
     return problem
 
 
-def _rows(part: Tensor, weight: Tensor | None) -> Tensor:
-    return part.float() if weight is None else part.float() @ weight.float().T
-
-
 def expected(problem: Problem) -> dict[str, Tensor]:
-    """Log-prob, entropy, loss, gradients and advantages in float64 on the same stored inputs, by plain autograd."""
+    """Log-prob, entropy, loss, gradients and advantages in float64 on the same stored inputs, by plain autograd.
+
+    Made block by block of sequences: the loss is a sum over tokens, so blocks add up. The gradient of the logits may
+    hold the first sequences only (GOLD_JUDGED).
+    """
     if problem.case.what == "advantage":
         return {"advantage": _plain_advantage(problem.reward.double())}
-    if problem.hidden is not None and problem.weight is not None:
-        hidden = problem.hidden.double().requires_grad_()
-        weight = problem.weight.double().requires_grad_(not problem.case.frozen_head)
-        logits, leaves = hidden @ weight.T, {"dhidden": hidden, "dweight": weight}
-    else:
-        assert problem.logits is not None
-        logits = problem.logits.double().requires_grad_()
-        leaves = {"dlogits": logits}
-    x = logits.log_softmax(-1)
-    logprob = x.gather(-1, problem.token_ids[..., None])[..., 0]
-    out = {"logprob": logprob.detach(), "entropy": -(x.exp() * x).sum(-1).detach()}
-    if problem.case.what == "logprob":
-        loss = weighted_sum(problem, logprob)
-    else:
-        loss = plain_loss(problem, logprob)
-        out["loss"] = loss.detach()
-    if problem.case.mode == "train":
+    t, v = problem.case.length, problem.case.vocabulary
+    block = max(1, GOLD_BLOCK // (t * v))
+    parts: dict[str, list[Tensor]] = {"logprob": [], "entropy": [], "rows": []}
+    weight = None if problem.weight is None else problem.weight.double().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64, device=problem.mask.device)
+    source = problem.logits if problem.hidden is None else problem.hidden
+    assert source is not None
+    for start in range(0, problem.case.completions, block):
+        part = problem.of_sequences(slice(start, start + block))
+        rows = source[start : start + block].double().requires_grad_()
+        x = (rows if weight is None else rows @ weight.T).log_softmax(-1)
+        logprob = x.gather(-1, part.token_ids[..., None])[..., 0]
+        summed = weighted_sum if problem.case.what == "logprob" else plain_loss
+        loss = summed(part, logprob) * part.share_of(problem)
         loss.backward()
-    return out | {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        total += loss.detach()
+        parts["logprob"].append(logprob.detach())
+        parts["entropy"].append(-(x.exp() * x).sum(-1).detach())
+        if weight is not None or start * t * v < GOLD_JUDGED:
+            assert rows.grad is not None
+            parts["rows"].append(rows.grad)
+    out = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    gradient = out.pop("rows")
+    if problem.case.what != "logprob":
+        out["loss"] = total
+    if weight is None:
+        return out | {"dlogits": gradient}
+    assert weight.grad is not None
+    return out | {"dhidden": gradient, "dweight": weight.grad}
 
 
 def _plain_advantage(reward: Tensor) -> Tensor:

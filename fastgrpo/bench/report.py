@@ -1,12 +1,11 @@
 """Results as a table, JSON lines, a Markdown page and a plot."""
 
-import json
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.bench.run import Row
+from fastgrpo.bench.goals import Verdict
+from fastgrpo.bench.rows import Row
 
 HEADER = (
     "provider",
@@ -14,6 +13,7 @@ HEADER = (
     "IQR",
     "vs floor",
     "ours is",
+    "kernel x skipped",
     "extra MiB",
     "errors (vs float64)",
     "remarks",
@@ -23,7 +23,7 @@ HEADER = (
 def cells(row: Row) -> tuple[str, ...]:
     """One line of the table."""
     if row.unavailable:
-        return (row.provider, "-", "", "", "", "", "", f"not measured: {row.unavailable}")
+        return (row.provider, "-", *[""] * (len(HEADER) - 3), f"not measured: {row.unavailable}")
     speed = ""
     if row.wrong:
         speed = "WRONG"
@@ -31,15 +31,13 @@ def cells(row: Row) -> tuple[str, ...]:
         ratio = row.speedup_of_ours
         speed = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x SLOWER"
     marks = [row.note] if row.note else []
-    if (
-        not row.has_entropy
-        and not row.floor
-        and row.what != "advantage"
-        and "no entropy" not in row.note
-    ):
-        marks.append("no entropy")
+    if row.entropy and not (row.has_entropy or row.floor) and row.what != "advantage":
+        marks.append("computes less: no entropy")
     if row.skips and row.active < 1:
         marks.append(f"skips rows: {row.skips}")
+    split = ""
+    if row.kernel_speedup and row.skipped_speedup and not row.ours:
+        split = f"{row.kernel_speedup:.2f} x {row.skipped_speedup:.2f}"
     remark = "; ".join(marks)
     return (
         row.provider,
@@ -47,14 +45,15 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.ms_low:.3g}-{row.ms_high:.3g}",
         "" if row.to_floor is None else f"{row.to_floor:.2f}x",
         speed,
+        split,
         f"{row.extra_mib:.0f}",
         " ".join(f"{name} {error:.1e}" for name, error in row.errors.items()),
         remark,
     )
 
 
-def print_table(rows: list[Row]) -> None:
-    """Print one case."""
+def print_table(rows: list[Row], goals: list[Verdict]) -> None:
+    """Print one case, and the goals that it decides."""
     lines = [HEADER, *(cells(row) for row in rows)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(HEADER))]
     print(f"\n{rows[0].case}")
@@ -65,16 +64,11 @@ def print_table(rows: list[Row]) -> None:
                 cell.ljust(width) for cell, width in zip(line, widths, strict=True)
             ).rstrip()
         )
+    for goal in goals:
+        print(f"  goal {goal}")
 
 
-def write_jsonl(path: Path, env: dict[str, Any], rows: list[Row]) -> None:
-    """One JSON object per row, each with the environment it was measured in."""
-    with path.open("w") as file:
-        for row in rows:
-            file.write(json.dumps(env | asdict(row)) + "\n")
-
-
-def markdown(env: dict[str, Any], rows: list[Row]) -> str:
+def markdown(env: dict[str, Any], rows: list[Row], goals: list[Verdict]) -> str:
     """A page with one table per case; losses stand beside wins."""
     versions = ", ".join(f"{name} {v}" for name, v in env["versions"].items() if v)
     lines = [
@@ -92,6 +86,7 @@ def markdown(env: dict[str, Any], rows: list[Row]) -> str:
             "|---" * len(HEADER) + "|",
         ]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in group]
+        lines += ["", *(f"* goal {goal}" for goal in goals if goal.case == case)]
     return "\n".join(lines) + "\n"
 
 

@@ -1,9 +1,11 @@
 """Run the cases: make the problem, let the providers take turns, judge their answers, collect rows."""
 
+import math
+import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,43 +15,11 @@ import torch
 
 import fastgrpo
 from fastgrpo import backend_report
-from fastgrpo.bench.judge import errors, is_wrong
+from fastgrpo.bench.judge import errors, is_wrong, required
 from fastgrpo.bench.measure import Clock, Timing, interleave
 from fastgrpo.bench.problems import Case, make_problem
 from fastgrpo.bench.providers import PROVIDERS, Contestant, Provider, Unavailable
-
-
-@dataclass
-class Row:
-    """One provider on one case."""
-
-    case: str
-    what: str
-    mode: str
-    dtype: str
-    tokens: int
-    vocabulary: int
-    hidden: int
-    active: float
-    skip_by: str
-    frozen_head: bool
-    provider: str
-    ours: bool
-    floor: bool
-    has_entropy: bool
-    skips: str
-    note: str
-    unavailable: str = ""
-    wrong: bool = False
-    ms: float = 0.0
-    ms_low: float = 0.0
-    ms_high: float = 0.0
-    cold_ms: float = 0.0
-    repetitions_ms: list[float] = field(default_factory=list)
-    extra_mib: float = 0.0
-    to_floor: float | None = None  # time / time of the measured floor
-    speedup_of_ours: float | None = None  # this provider's time / time of our best right one
-    errors: dict[str, float] = field(default_factory=dict)
+from fastgrpo.bench.rows import Row, compare
 
 
 def environment(device: torch.device, seed: int) -> dict[str, Any]:
@@ -73,15 +43,10 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
         "fastgrpo": fastgrpo.__version__,
         "versions": {n: package(n) for n in ("torch", "triton", "trl", "liger-kernel")},
         "git": _git_revision(),
-        "thp": _environment_flag("THP_MEM_ALLOC_ENABLE"),
+        # Transparent huge pages for PyTorch's CPU allocator: read when torch loads, so a run has one setting.
+        "thp": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "seed": seed,
     }
-
-
-def _environment_flag(name: str) -> bool:
-    import os
-
-    return os.environ.get(name) == "1"
 
 
 def _cpu_name() -> str:
@@ -115,15 +80,18 @@ def run_case(
     providers: list[Provider] | None = None,
 ) -> list[Row]:
     """Measure every provider of a case; one that cannot run or answers wrongly keeps a row that says so."""
+    torch._dynamo.reset()  # else a compiled peer meets its recompilation limit, or gets dynamic shapes
     problem = make_problem(case, device, seed)
     rows: dict[str, Row] = {}
     contestants: dict[str, Contestant] = {}
     for entry in PROVIDERS[case.what] if providers is None else providers:
-        row = rows[entry.name] = _row(case, entry)
+        row = rows[entry.name] = Row.of(case, entry)
         try:
             contestant = entry.make(problem)
             contestant.prepare()
+            first = time.perf_counter()
             outputs = contestant.run()
+            row.cold_ms = (time.perf_counter() - first) * 1e3  # compiles
         except Unavailable as reason:
             row.unavailable = str(reason)
             say(f"  {entry.name}: not measured, {reason}")
@@ -134,40 +102,21 @@ def run_case(
             )
             say(f"  {entry.name}: failed, {row.unavailable}")
             continue
-        row.errors = {} if entry.is_floor else errors(outputs, problem.expected, problem.mask)
+        if not entry.is_floor:
+            row.errors = errors(outputs, problem.expected, problem.mask)
+            row.errors |= dict.fromkeys(required(case) - set(outputs), math.nan)
         row.wrong = is_wrong(row.errors)
         contestants[entry.name] = contestant
     timings = interleave(contestants, Clock(device), rounds, budget_seconds)
     for name, timing in timings.items():
         _fill(rows[name], timing)
-    _compare(list(rows.values()))
+    compare(rows.values())
     return list(rows.values())
-
-
-def _row(case: Case, entry: Provider) -> Row:
-    fields = asdict(case)
-    dtype = str(fields.pop("dtype")).removeprefix("torch.")
-    fields.pop("length")
-    return Row(
-        case=str(case), dtype=dtype, provider=entry.name, ours=entry.is_ours, floor=entry.is_floor,
-        has_entropy=entry.has_entropy, skips=entry.skips, note=entry.note, **fields,
-    )  # fmt: skip
 
 
 def _fill(row: Row, timing: Timing) -> None:
     row.ms = timing.median * 1e3
     row.ms_low, row.ms_high = (q * 1e3 for q in timing.quartiles)
-    row.cold_ms = timing.cold_seconds * 1e3
     row.repetitions_ms = [round(s * 1e3, 4) for s in timing.seconds]
+    row.wall_ms = timing.least_wall * 1e3
     row.extra_mib = timing.extra_bytes / 2**20
-
-
-def _compare(rows: list[Row]) -> None:
-    """Ratios: to the measured floor, and of each right peer to the best right one of ours."""
-    measured = [row for row in rows if row.ms and not row.wrong]
-    floor = next((row.ms for row in measured if row.floor), None)
-    ours = min((row.ms for row in measured if row.ours), default=None)
-    for row in measured:
-        row.to_floor = row.ms / floor if floor else None
-        if ours and not row.floor:
-            row.speedup_of_ours = row.ms / ours

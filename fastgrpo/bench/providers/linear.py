@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrpo import linear_grpo_loss
 from fastgrpo.bench.problems import EPSILON, Problem, plain_loss
-from fastgrpo.bench.providers.base import Contestant, Outputs, provider
+from fastgrpo.bench.providers.base import Contestant, Outputs, Unavailable, provider
+from fastgrpo.functional.linear.gemm import Precision
 
 TRL_VOCAB_CHUNK = 32_768  # TRL's default
 
@@ -56,13 +58,13 @@ def _eager(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
     return score
 
 
-@provider("linear", "eager", note="no entropy")
+@provider("linear", "eager")
 def eager(problem: Problem) -> Contestant:
     """Logits, float32 log-softmax, loss."""
     return loss_by(problem, _eager(problem))
 
 
-@provider("linear", "torch.compile", note="no entropy")
+@provider("linear", "torch.compile")
 def compiled(problem: Problem) -> Contestant:
     """The same, compiled as one function."""
     return loss_by(problem, _eager(problem), whole=True)
@@ -86,14 +88,14 @@ def trl(problem: Problem) -> Contestant:
             TRL_VOCAB_CHUNK,
             None,
             1.0,
-            ("entropy",),
+            ("entropy",) if problem.case.entropy else (),
         )
         return torch.zeros_like(problem.old_logprob).masked_scatter(live, logprob)
 
     return loss_by(problem, score)
 
 
-@provider("linear", "Liger", needs="liger_kernel", note="no entropy; gradient in forward")
+@provider("linear", "Liger", needs="liger_kernel", note="gradient in forward")
 def liger(problem: Problem) -> Contestant:
     """Liger's chunked loss."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
@@ -124,8 +126,6 @@ def liger(problem: Problem) -> Contestant:
 )
 def torch_chunked(problem: Problem) -> Contestant:
     """PyTorch's own chunked head, where this PyTorch has it."""
-    from fastgrpo.bench.providers.base import Unavailable
-
     function: Any = getattr(torch.nn.functional, "linear_cross_entropy", None)
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None:
@@ -142,15 +142,14 @@ def torch_chunked(problem: Problem) -> Contestant:
     return loss_by(problem, score)
 
 
-def _ours(problem: Problem, precision: str) -> Contestant:
-    from fastgrpo import linear_grpo_loss
+def _ours(problem: Problem, precision: Precision) -> Contestant:
 
     def run() -> Outputs:
         hidden, weight = leaves(problem)
         out = linear_grpo_loss(
             hidden, weight, problem.token_ids, problem.advantage, problem.mask,
             old_logprob=problem.old_logprob, ref_logprob=problem.ref_logprob,
-            objective=problem.objective, logits_precision=precision,
+            objective=problem.objective, logits_precision=precision, with_entropy=problem.case.entropy,
         )  # fmt: skip
         assert out.logprob is not None
         return finish(hidden, weight, {"loss": out.loss, "logprob": out.logprob}, out.loss)
@@ -192,6 +191,6 @@ def floor(problem: Problem) -> Contestant:
             torch.mm(logits, weight, out=dhidden)
             if not problem.case.frozen_head:
                 torch.mm(logits.T, rows, out=dweight)
-        return {"floor": logits[:1]}
+        return {}
 
     return Contestant(run)

@@ -9,13 +9,19 @@ from fastgrpo import grpo_loss, token_logprob
 from fastgrpo.bench.problems import EPSILON, Problem, plain_loss, weighted_sum
 from fastgrpo.bench.providers.base import Contestant, Outputs, Unavailable, provider
 
-Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Log-prob, and entropy or None.
+Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def leaf(problem: Problem) -> Tensor:
     """The logits as a leaf that requires grad where the mode asks for a gradient."""
     assert problem.logits is not None
-    return problem.logits.detach().requires_grad_(problem.case.mode == "train")
+    return problem.logits.detach().requires_grad_(problem.case.mode != "forward")
+
+
+def present(**outputs: Tensor | None) -> Outputs:
+    """The outputs that are there."""
+    return {name: value for name, value in outputs.items() if value is not None}
 
 
 def finish(problem: Problem, logits: Tensor, outputs: Outputs, loss: Tensor) -> Outputs:
@@ -27,27 +33,60 @@ def finish(problem: Problem, logits: Tensor, outputs: Outputs, loss: Tensor) -> 
     return outputs
 
 
-def eager_score(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+def eager_score(problem: Problem) -> Score:
     """Log-prob and entropy as a careful user writes them: a float32 log-softmax."""
-    x = logits.float().log_softmax(-1)
-    return x.gather(-1, token_ids[..., None])[..., 0], -(x.exp() * x).sum(-1)
+    with_entropy = problem.case.entropy
+
+    def score(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = logits.float().log_softmax(-1)
+        logprob = x.gather(-1, token_ids[..., None])[..., 0]
+        return logprob, -(x.exp() * x).sum(-1) if with_entropy else None
+
+    return score
 
 
-def trl_score(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy by TRL's own function."""
-    from trl.trainer.utils import selective_log_softmax_and_entropy
+def trl_score(problem: Problem) -> Score:
+    """Log-prob and entropy by TRL's own functions."""
+    from trl.trainer import utils
 
-    logprob, entropy = selective_log_softmax_and_entropy(logits, token_ids)
-    return logprob, entropy
+    def score(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        if problem.case.entropy:
+            logprob, entropy = utils.selective_log_softmax_and_entropy(logits, token_ids)
+            return logprob, entropy
+        return utils.selective_log_softmax(logits, token_ids), None
+
+    return score
+
+
+class BackwardOnly:
+    """Runs the forward untimed, then times the backward."""
+
+    def __init__(self, problem: Problem, score: Score) -> None:
+        self.problem, self.score = problem, score
+
+    def prepare(self) -> None:
+        """Forward."""
+        self.logits = leaf(self.problem)
+        logprob, _ = self.score(self.logits, self.problem.token_ids)
+        self.loss = weighted_sum(self.problem, logprob)
+
+    def run(self) -> Outputs:
+        """Backward."""
+        self.loss.backward()
+        assert self.logits.grad is not None
+        return {"dlogits": self.logits.grad}
 
 
 def logprob_by(problem: Problem, score: Score) -> Contestant:
     """A log-prob contestant."""
+    if problem.case.mode == "backward":
+        only = BackwardOnly(problem, score)
+        return Contestant(only.run, only.prepare)
 
     def run() -> Outputs:
         logits = leaf(problem)
         logprob, entropy = score(logits, problem.token_ids)
-        outputs = {"logprob": logprob, "entropy": entropy}
+        outputs = present(logprob=logprob, entropy=entropy)
         return finish(problem, logits, outputs, weighted_sum(problem, logprob))
 
     return Contestant(run)
@@ -56,7 +95,7 @@ def logprob_by(problem: Problem, score: Score) -> Contestant:
 def loss_by(problem: Problem, score: Score, whole: bool = False) -> Contestant:
     """A loss contestant: a score function and the plain loss, compiled as a whole on request."""
 
-    def forward(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(logits: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         logprob, entropy = score(logits, problem.token_ids)
         return plain_loss(problem, logprob), logprob, entropy
 
@@ -65,8 +104,7 @@ def loss_by(problem: Problem, score: Score, whole: bool = False) -> Contestant:
     def run() -> Outputs:
         logits = leaf(problem)
         loss, logprob, entropy = call(logits)
-        outputs = {"loss": loss, "logprob": logprob, "entropy": entropy}
-        return finish(problem, logits, outputs, loss)
+        return finish(problem, logits, present(loss=loss, logprob=logprob, entropy=entropy), loss)
 
     return Contestant(run)
 
@@ -74,40 +112,40 @@ def loss_by(problem: Problem, score: Score, whole: bool = False) -> Contestant:
 @provider("logprob", "eager", entropy=True)
 def eager_logprob(problem: Problem) -> Contestant:
     """Float32 log-softmax."""
-    return logprob_by(problem, eager_score)
+    return logprob_by(problem, eager_score(problem))
 
 
 @provider("logprob", "torch.compile", entropy=True)
 def compiled_logprob(problem: Problem) -> Contestant:
     """The same, compiled."""
-    return logprob_by(problem, torch.compile(eager_score))
+    return logprob_by(problem, torch.compile(eager_score(problem)))
 
 
 @provider("logprob", "TRL", entropy=True, needs="trl")
 def trl_logprob(problem: Problem) -> Contestant:
-    """TRL's selective log-softmax with entropy (its Triton kernel on a GPU)."""
-    return logprob_by(problem, trl_score)
+    """TRL's selective log-softmax, with or without entropy (its Triton kernel on a GPU)."""
+    return logprob_by(problem, trl_score(problem))
 
 
 @provider("loss", "eager", entropy=True)
 def eager_loss(problem: Problem) -> Contestant:
     """Float32 log-softmax and the loss written out."""
-    return loss_by(problem, eager_score)
+    return loss_by(problem, eager_score(problem))
 
 
 @provider("loss", "torch.compile", entropy=True)
 def compiled_loss(problem: Problem) -> Contestant:
     """The same, compiled as one function."""
-    return loss_by(problem, eager_score, whole=True)
+    return loss_by(problem, eager_score(problem), whole=True)
 
 
 @provider("loss", "TRL", entropy=True, needs="trl", note="its log-probs, the loss written out")
 def trl_loss(problem: Problem) -> Contestant:
     """TRL's log-probs and the loss written out."""
-    return loss_by(problem, trl_score)
+    return loss_by(problem, trl_score(problem))
 
 
-@provider("loss", "Liger", needs="liger_kernel", note="no entropy; gradient in place")
+@provider("loss", "Liger", needs="liger_kernel", note="gradient in place")
 def liger_loss(problem: Problem) -> Contestant:
     """Liger's Triton loss, which drops the last position of each sequence by itself."""
     assert problem.logits is not None
@@ -139,14 +177,11 @@ def liger_loss(problem: Problem) -> Contestant:
 def our_logprob(problem: Problem) -> Contestant:
     """`token_logprob`."""
 
-    def run() -> Outputs:
-        logits = leaf(problem)
-        out = token_logprob(logits, problem.token_ids, mask=problem.mask, with_entropy=True)
-        assert out.entropy is not None
-        outputs = {"logprob": out.logprob, "entropy": out.entropy}
-        return finish(problem, logits, outputs, weighted_sum(problem, out.logprob))
+    def score(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = token_logprob(logits, token_ids, mask=problem.mask, with_entropy=problem.case.entropy)
+        return out.logprob, out.entropy
 
-    return Contestant(run)
+    return logprob_by(problem, score)
 
 
 def _our_loss(problem: Problem, overwrite: bool) -> Contestant:
@@ -159,11 +194,9 @@ def _our_loss(problem: Problem, overwrite: bool) -> Contestant:
         out = grpo_loss(
             logits, problem.token_ids, problem.advantage, problem.mask,
             old_logprob=problem.old_logprob, ref_logprob=problem.ref_logprob,
-            objective=problem.objective, overwrite_logits=overwrite,
+            objective=problem.objective, overwrite_logits=overwrite, with_entropy=problem.case.entropy,
         )  # fmt: skip
-        assert out.logprob is not None
-        assert out.entropy is not None
-        outputs = {"loss": out.loss, "logprob": out.logprob, "entropy": out.entropy}
+        outputs = present(loss=out.loss, logprob=out.logprob, entropy=out.entropy)
         return finish(problem, logits, outputs, out.loss)
 
     def restore() -> None:
@@ -184,22 +217,45 @@ def our_loss_in_place(problem: Problem) -> Contestant:
     return _our_loss(problem, overwrite=True)
 
 
-def _bandwidth(problem: Problem) -> Contestant:
+def _moved(problem: Problem, reads: int, writes: int) -> Contestant:
+    """Moves as much memory as `reads` passes over the logits that read and `writes` that read and write.
+
+    GPU: copies, counting both directions; a reduction would be slower than the memory. CPU: a maximum and a scaling in
+    place; a copy would also fetch what it overwrites.
+    """
     source = problem.logits
     assert source is not None
-    if problem.case.mode == "forward":
-        return Contestant(lambda: {"floor": source.view(torch.int16).amax()})
-    scratch = source.clone()
-    return Contestant(lambda: {"floor": scratch.mul_(1.0)})
+    scratch = torch.empty_like(source)
+    half = source.flatten()[: source.numel() // 2]
+    target = scratch.flatten()[: half.numel()]
+
+    def run() -> Outputs:
+        for _ in range(reads):
+            if source.is_cuda:
+                target.copy_(half)
+            else:
+                source.view(torch.int16).amax()
+        for _ in range(writes):
+            if source.is_cuda:
+                scratch.copy_(source)
+            else:
+                scratch.mul_(1.0)
+        return {}
+
+    return Contestant(run)
 
 
-@provider("logprob", "bandwidth floor", floor=True, note="one read; train: plus one read and write")
+@provider(
+    "logprob", "bandwidth floor", floor=True, note="forward one read, backward one read and write"
+)
 def logprob_floor(problem: Problem) -> Contestant:
     """Read the logits once; with gradient, also read and write them once."""
-    return _bandwidth(problem)
+    mode = problem.case.mode
+    return _moved(problem, reads=int(mode != "backward"), writes=int(mode != "forward"))
 
 
-@provider("loss", "bandwidth floor", floor=True, note="one read and write in place")
+@provider("loss", "bandwidth floor", floor=True, note="forward one read, train one read and write")
 def loss_floor(problem: Problem) -> Contestant:
-    """Read and write the logits once."""
-    return _bandwidth(problem)
+    """Read the logits once; with gradient, read and write them once."""
+    training = problem.case.mode == "train"
+    return _moved(problem, reads=int(not training), writes=int(training))
