@@ -34,6 +34,9 @@ from fastgrpo.ops.surrogates import run_grpo_loss, run_policy_loss
 from fastgrpo.reference.token_logprob import accumulate_dtype
 from fastgrpo.spec import METRICS
 
+# Made here, not in the call: Dynamo does not trace the construction of an objective.
+DEFAULT_OBJECTIVE = Objective.grpo()
+
 
 class PolicyLoss(NamedTuple):
     """Result of a loss; `logprob` and `entropy` come from the one-pass losses only."""
@@ -118,7 +121,7 @@ def policy_loss(
         kl_weight=kl_weight,
         group_size=group_size,
         group_ids=group_ids,
-        objective=objective or Objective.grpo(),
+        objective=DEFAULT_OBJECTIVE if objective is None else objective,
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
     )
@@ -214,7 +217,7 @@ def grpo_loss(
         kl_weight=kl_weight,
         group_size=group_size,
         group_ids=group_ids,
-        objective=objective or Objective.grpo(),
+        objective=DEFAULT_OBJECTIVE if objective is None else objective,
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
     )
@@ -288,7 +291,7 @@ class GRPOLoss(nn.Module):
     ) -> None:
         """Keep the options; see `grpo_loss`."""
         super().__init__()
-        self.objective = objective or Objective.grpo()
+        self.objective = DEFAULT_OBJECTIVE if objective is None else objective
         check_objective(self.objective)
         self.temperature = temperature
         self.logit_scale = logit_scale

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrpo.functional.checks import is_readable
 from fastgrpo.functional.first_order import first_order_only
 from fastgrpo.ops.scale_gradient import scale_gradient_
 from fastgrpo.ops.surrogates import run_grpo_loss
@@ -54,7 +55,9 @@ class GRPOLossFunction(torch.autograd.Function):
         if getattr(ctx, "handed_out", False):
             dlogits = dlogits.clone()
         ctx.handed_out = True
-        if scale.is_cuda or float(scale) != 1.0:  # a GPU's value is read by the kernel, not here
+        if (
+            not is_readable(scale) or float(scale) != 1.0
+        ):  # a GPU's value is read by the kernel, not here
             scale_gradient_(dlogits, scale)
         return (dlogits, *nothing)
 

@@ -137,7 +137,7 @@ def check_logits(logits: object, overwrite_logits: bool) -> Tensor:
     require_flag("overwrite_logits", overwrite_logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {describe(logits)}")
-    if overwrite_logits and logits.numel() and not _can_overwrite(logits.detach()):
+    if overwrite_logits and logits.numel() and not _can_overwrite(logits):
         raise ValueError(
             "overwrite_logits=True needs logits whose rows lie apart in memory at one common stride, with a contiguous "
             f"last dimension, got {describe(logits)} with strides {logits.stride()}"
@@ -146,10 +146,27 @@ def check_logits(logits: object, overwrite_logits: bool) -> Tensor:
 
 
 def _can_overwrite(logits: Tensor) -> bool:
-    """Whether the rows are a view of the logits and no two of them share memory (as after `expand`)."""
-    flat = rows(logits)
-    apart = flat.shape[0] == 1 or flat.stride(0) >= flat.shape[1]
-    return apart and flat.data_ptr() == logits.data_ptr()
+    """Whether the rows are a view of the logits and no two of them share memory (as after `expand`).
+
+    Read from the strides alone: under torch.compile there is no address to compare.
+    """
+    vocabulary = logits.shape[-1]
+    if vocabulary > 1 and logits.stride(-1) != 1:
+        return False
+    step, least = (
+        None,
+        vocabulary,
+    )  # what the stride of the next dimension to the left must be, or at least be
+    for size, stride in zip(
+        reversed(logits.shape[:-1]), reversed(logits.stride()[:-1]), strict=True
+    ):
+        if size == 1:
+            continue
+        if stride < least or (step is not None and stride != step):
+            return False
+        step = stride * size
+        least = step
+    return True
 
 
 def token_logprob(
