@@ -57,7 +57,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*results)
         ctx.set_materialize_grads(False)
         ctx.dtypes = tuple(None if value is None else value.dtype for value in like)
-        ctx.fixed = weight_grad_buffer is not None
+        ctx.fixed, ctx.handed_out = weight_grad_buffer is not None, False
         ctx.save_for_backward(formula.grad_scale, classes.poison, *outcome.gradients)
         return outcome.loss, *results
 
@@ -66,7 +66,9 @@ class LinearGRPOLossFunction(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the stored gradients times dloss / grad_scale, scaled in place on the device.
 
-        The scaling bumps the version of the stored gradients, so a second backward raises instead of being wrong.
+        The scaling bumps the version of the stored gradients, so a second backward raises instead of being wrong. Where
+        the first backward (with retain_graph) did not have to scale, its caller may still hold those very buffers:
+        later ones return scaled copies.
         """
         nothing = (None,) * 6
         if dloss is None:
@@ -77,21 +79,15 @@ class LinearGRPOLossFunction(torch.autograd.Function):
             scale = scale * poison
         if ctx.fixed:
             scale = _only_one(scale)
-        on_host = scale.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not (on_host and float(scale) == 1.0):  # a GPU's value is read by the kernel, not here
-            for gradient in gradients:
-                if gradient is not None:
-                    scale_gradient_(
-                        gradient,
-                        scale.to(torch.float64) if gradient.dtype == torch.float64 else scale,
-                    )
-        return (
-            *(
-                g if g is None else g.to(dtype)
-                for g, dtype in zip(gradients, ctx.dtypes, strict=True)
-            ),
-            *nothing,
-        )
+        if ctx.handed_out:
+            gradients = [g if g is None else g.clone() for g in gradients]
+        ctx.handed_out = True
+        if scale.is_cuda or float(scale) != 1.0:  # a GPU's value is read by the kernel, not here
+            for gradient in (g for g in gradients if g is not None):
+                wide = gradient.dtype == torch.float64
+                scale_gradient_(gradient, scale.double() if wide else scale)
+        results = zip(gradients, ctx.dtypes, strict=True)
+        return (*(g if g is None else g.to(dtype) for g, dtype in results), *nothing)
 
 
 def _only_one(scale: Tensor) -> Tensor:

@@ -40,7 +40,11 @@ def poison(values: Sequence[Tensor], live: Tensor, capacity: int | None) -> list
 
 
 def logprob_forward(
-    head: Head, scoring: Scoring, mask: Tensor, options: LinearOptions, visit: Visit | None = None
+    head: Head,
+    scoring: Scoring,
+    mask: Tensor,
+    options: LinearOptions,
+    visit: Visit | None = None,
 ) -> Scored:
     """Score the live rows; results are [N], exactly 0 where masked."""
     total = scoring.hidden.shape[0]
@@ -48,9 +52,9 @@ def logprob_forward(
     workspace = Workspace(head, options.workspace_bytes, selection.count, with_gradient=False)
     scored = score_rows(scoring, selection, workspace, visit)
     note_path("linear_token_logprob", f"{head.describe()}, up to {workspace.limit} rows at a time")
-    values = [selection.put(value) for value in scored]
-    if not scoring.with_entropy:
-        values[1] = values[0].new_empty(0)
+    logprob, lse = selection.put(scored.logprob), selection.put(scored.lse)
+    entropy = selection.put(scored.entropy) if scoring.with_entropy else logprob.new_empty(0)
+    values = [logprob, entropy, lse]
     if mask.numel() and options.capacity is not None:
         values = [value.where(mask, 0.0) if value.numel() else value for value in values]
         values = poison(values, mask, options.capacity)

@@ -63,9 +63,19 @@ class Scoring:
             selection.take(self.token_ids),
             selection,
         )
-        logits = workspace.logits(selection.count)
-        workspace.head.logits(rows.hidden, logits)
-        return rows, logits
+        return rows, workspace.logits(rows.hidden)
+
+    def gradient(self, logits: Tensor, rows: Rows, scored: Scored, upstream: Upstream) -> None:
+        """Turn the logits of rows into their gradient in place."""
+        ops.token_logprob_bwd(
+            logits,
+            rows.target,
+            self.temperature_of(rows.selection),
+            self.logit_params,
+            *scored,
+            *upstream,
+            logits,
+        )
 
 
 Visit = Callable[[Tensor, Rows, Tensor], None]  # logits of a chunk, its rows, their temperature
@@ -101,13 +111,5 @@ def add_score_gradient(
         piece, within = selection.piece(chunk), Selection.every(selection.count).piece(chunk)
         rows, logits = scoring.rows(piece, workspace)
         part = Upstream(*(within.take(value) for value in upstream))
-        ops.token_logprob_bwd(
-            logits,
-            rows.target,
-            scoring.temperature_of(piece),
-            scoring.logit_params,
-            *(within.take(value) for value in scored),
-            *part,
-            logits,
-        )
+        scoring.gradient(logits, rows, Scored(*(within.take(value) for value in scored)), part)
         gradients.add(logits, rows, part.active(), workspace)

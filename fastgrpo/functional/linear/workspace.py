@@ -31,13 +31,14 @@ class Workspace:
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         vocabulary = self.head.weight.shape[0]
         stride = row_stride(vocabulary, dtype.itemsize)
-        return torch.empty(self._rows, stride, dtype=dtype, device=self.head.weight.device)[
-            :, :vocabulary
-        ]
+        buffer = torch.empty(self._rows, stride, dtype=dtype, device=self.head.weight.device)
+        return buffer[:, :vocabulary]
 
-    def logits(self, rows: int) -> Tensor:
-        """The buffer for a chunk of `rows` rows."""
-        return self._logits[:rows]
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states [n, H]."""
+        logits = self._logits[: hidden.shape[0]]
+        self.head.logits(hidden, logits)
+        return logits
 
     def operand(self, dlogits: Tensor) -> Tensor:
         """`dlogits` in the dtype that the gradient products read."""
