@@ -1,6 +1,6 @@
 """From rewards to advantages: groups, process and turn rewards, GAE, shaping and filters."""
 
-from fastgrpo.advantages.gae import GAE, ValueLoss, gae, reward_to_go, value_loss
+from fastgrpo.advantages.critic import GAE, ValueLoss, gae, reward_to_go, value_loss
 from fastgrpo.advantages.process import process_advantage
 from fastgrpo.advantages.shaping import (
     Rows,
@@ -11,7 +11,7 @@ from fastgrpo.advantages.shaping import (
     soft_overlong_penalty,
     token_reward,
 )
-from fastgrpo.advantages.whiten import whiten
+from fastgrpo.advantages.whitening import whiten
 from fastgrpo.functional.group_advantage import GroupAdvantage, group_advantage
 from fastgrpo.functional.segment_scan import segment_scan
 

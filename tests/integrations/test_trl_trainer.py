@@ -110,7 +110,7 @@ def make_trainer(trainer_class, models: dict[str, str], folder: Path, options: d
         output_dir=str(folder),
         use_cpu=True,
         bf16=options.pop("bf16", False),
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=options.pop("per_device_train_batch_size", 4),
         num_generations=4,
         max_completion_length=6,
         max_steps=steps,
@@ -153,7 +153,7 @@ def assert_same(ours: list[dict], theirs: list[dict], tolerance: float = 1e-6) -
             same = math.isclose(x, y, rel_tol=tolerance, abs_tol=tolerance)
             assert same or (math.isnan(x) and math.isnan(y)), f"{name}: {x!r} want {y!r}"
             compared += 1
-    assert compared >= 30
+    assert compared >= 20
 
 
 def compare(models, tmp_path, options: dict, trainer_class) -> tuple[object, object]:
@@ -194,7 +194,16 @@ def test_fast_trainer_on_further_configurations(name, models, tmp_path):
     assert ours.delegates is None
 
 
-@pytest.mark.parametrize("name", CORE)
+# Every one of them runs in the slow suite; three here say that the symbol itself works.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("dapo", "gemma2-gspo", "lora")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in CORE
+    ],
+)
 def test_the_door_changes_nothing_but_the_kernel(name, models, tmp_path):
     compare(models, tmp_path, CORE[name], Enabled)
 

@@ -33,14 +33,14 @@ SIZES = {
     "bos_token_id": 1,
 }
 CONFIGS: dict[str, Callable] = {
-    "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "llama": lambda: LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "qwen2": lambda **more: Qwen2Config(**SIZES | more, tie_word_embeddings=True),
+    "llama": lambda **more: LlamaConfig(**SIZES | more, tie_word_embeddings=False),
     # Softcap of the final logits, tied weights.
-    "gemma2": lambda: Gemma2Config(
-        **SIZES, head_dim=8, final_logit_softcapping=4.0, attn_implementation="eager"
+    "gemma2": lambda **more: Gemma2Config(
+        **SIZES | more, head_dim=8, final_logit_softcapping=4.0, attn_implementation="eager"
     ),
-    "qwen3_moe": lambda: Qwen3MoeConfig(
-        **SIZES, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, head_dim=8
+    "qwen3_moe": lambda **more: Qwen3MoeConfig(
+        **SIZES | more, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, head_dim=8
     ),
 }
 
@@ -58,10 +58,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_model(kind: str, folder: Path) -> str:
+def save_model(kind: str, folder: Path, **more: int) -> str:
     """Write a random model, so that trainers which want a second copy (a reference) can load it again."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](**more), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
