@@ -76,7 +76,7 @@ def set_environment(threads: str) -> None:
 def option_value(arguments: Sequence[str], name: str) -> str | None:
     """The value of `--name VALUE` or `--name=VALUE`, the last one if there are several."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
         if argument == f"--{name}":
             value = following
         elif argument.startswith(f"--{name}="):
