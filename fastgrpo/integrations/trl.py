@@ -1,13 +1,13 @@
 """TRL >= 1.15: fastgrpo's head under every TRL trainer, and a GRPO trainer that skips dead rows.
 
     import fastgrpo.integrations.trl as fast
-    fast.enable()                                # GRPO, RLOO, async GRPO and whatever else scores tokens from now on
+    fast.enable()                                # GRPO, RLOO, SFT, DPO, KTO and async GRPO from now on
     with fast.use_fastgrpo(): trainer.train()    # the same for one block
     fast.FastGRPOTrainer(...)                    # GRPOTrainer with the loss of fastgrpo as well
 
 TRL sends every token through one function, `trl.trainer.utils._ChunkedLogProbFunction`; `enable` replaces that symbol,
-so PEFT, FSDP, DeepSpeed, autocast, MoE, tools and logging stay TRL's. Calls that ask for more than log-probs and
-entropies (SFT's and DPO's `is_top1`, KTO's and DPO's `mean_logits`) go to TRL's own function; `report()` counts both.
+so PEFT, FSDP, DeepSpeed, autocast, MoE, tools and logging stay TRL's. A call that asks for what fastgrpo does not know
+goes to TRL's own function; `report()` counts both.
 """
 
 import logging
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from trl.trainer import utils
 
-from fastgrpo.functional.linear_token_logprob import linear_token_logprob
+from fastgrpo.functional.linear_token_statistics import linear_token_statistics
 from fastgrpo.integrations.contracts import contract
 from fastgrpo.integrations.trl_zero3 import is_partitioned, score_gathered
 
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from fastgrpo.integrations.trl_trainer import FastGRPOTrainer as FastGRPOTrainer
 
 SYMBOL = "_ChunkedLogProbFunction"
-SERVED = {"log_probs", "entropy"}
-Scores = tuple[Tensor, Tensor | None, None, None, None]
+# TRL's names of the outputs -> ours.
+NAMES = {name: name for name in ("log_probs", "entropy", "log_sum_sq_probs", "is_top1")}
+NAMES["mean_logits"] = "mean_logit"
+Scores = tuple[Tensor | None, ...]
 
 _log = logging.getLogger(__name__)
 _original: Any = None
@@ -107,8 +109,8 @@ class FastLogProbFunction:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = (),
     ) -> Scores:
-        """Score the targets; an output that fastgrpo lacks, or a scale that is not positive, goes to TRL."""
-        if set(outputs) - SERVED or not logit_scale > 0:
+        """Score the targets; an output that fastgrpo does not know, or a scale that is not positive, goes to TRL."""
+        if set(outputs) - NAMES.keys() or not logit_scale > 0:
             _calls["trl"] += 1
             theirs: Scores = _original.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
@@ -124,16 +126,9 @@ class FastLogProbFunction:
             found = _request.serve(hidden, weight, targets, bias=bias, **scaling)
             if found is not None:
                 return *found, None, None, None
-        score = score_gathered if is_partitioned(weight) else linear_token_logprob
-        logprob, entropy = score(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            with_entropy="entropy" in outputs,
-            **scaling,
-        )
-        return logprob, entropy, None, None, None
+        score = score_gathered if is_partitioned(weight) else linear_token_statistics
+        wanted = [NAMES[name] for name in outputs if name != "log_probs"]
+        return tuple(score(hidden, weight, targets, outputs=wanted, bias=bias, **scaling))
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """The head under DeepSpeed ZeRO-3: its weight is empty again by the time of the backward, which gathers it anew."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,8 +8,10 @@ from torch import Tensor
 from trl.trainer import utils
 
 from fastgrpo.functional.linear.inputs import LinearOptions
+from fastgrpo.functional.linear.statistics import OUTPUTS
 from fastgrpo.functional.linear_token_logprob import LinearTokenLogprobFunction
-from fastgrpo.functional.token_logprob import TokenLogprob, logit_params_tensor, temperature_tensor
+from fastgrpo.functional.linear_token_statistics import TokenStatistics
+from fastgrpo.functional.token_logprob import logit_params_tensor, temperature_tensor
 
 
 def is_partitioned(weight: Tensor) -> bool:
@@ -33,26 +36,19 @@ def score_gathered(
     weight: Tensor,  # [V, H], gathered by the caller for the forward
     token_ids: Tensor,  # [N]
     *,
+    outputs: Sequence[str],
     bias: Tensor | None,
     temperature: float,
-    with_entropy: bool,
     logit_scale: float,
     logit_softcap: float | None,
-) -> TokenLogprob:
-    """`linear_token_logprob` for a weight that is sharded outside of this call."""
+) -> TokenStatistics:
+    """`linear_token_statistics` for a weight that is sharded outside of this call."""
     scale = temperature_tensor(temperature, token_ids.shape, hidden)
     params = logit_params_tensor(logit_scale, logit_softcap, hidden)
     everywhere = torch.empty(0, dtype=torch.bool, device=hidden.device)
-    logprob, entropy = GatheredFunction.apply(
-        hidden,
-        weight,
-        bias,
-        token_ids,
-        everywhere,
-        scale,
-        params,
-        with_entropy,
-        LinearOptions(),
-        None,
-    )
-    return TokenLogprob(logprob, entropy if with_entropy else None)
+    extra = tuple(name for name in OUTPUTS if name in outputs)
+    logprob, entropy, *values = GatheredFunction.apply(
+        hidden, weight, bias, token_ids, everywhere, scale, params, "entropy" in outputs, LinearOptions(), None, extra
+    )  # fmt: skip
+    found = dict(zip(extra, values, strict=True))
+    return TokenStatistics(logprob, entropy=entropy if "entropy" in outputs else None, **found)
