@@ -80,13 +80,10 @@ class RowPlan:
                 ends,
             )
 
-        poison = (
-            None if self.overflow is None else torch.where(self.overflow, torch.nan, 1.0).reshape(1)
-        )
         return RowClasses(
             rows(self.active_index, self.active_offsets, self.active_ends),
             rows(self.score_index, self.score_offsets, self.score_ends),
-            poison,
+            self.overflow,
         )
 
 
@@ -160,6 +157,7 @@ def _static(wanted: Tensor, cu_seqlens: Tensor, by_sequence: bool, capacity: int
     capacity = min(capacity, wanted.numel())
     index = wanted.sort(descending=True, stable=True).indices[:capacity]
     offsets = _count_before(wanted, cu_seqlens).clamp(max=capacity)
+    offsets[-1] = capacity  # dead rows follow the last sequence
     return RowPlan(
         num_tokens=wanted.numel(),
         active_index=index,

@@ -26,9 +26,9 @@ def run_linear_loss(
         outcome = linear_loss(
             head, scoring, tokens, formula, classes, like, needs, options, weight_grad_buffer
         )
-    if classes.poison is None:
+    if classes.overflow is None:
         return outcome
-    return outcome._replace(loss=(outcome.loss * classes.poison).reshape(()))
+    return outcome._replace(loss=torch.where(classes.overflow, torch.nan, outcome.loss))
 
 
 class LinearGRPOLossFunction(torch.autograd.Function):
@@ -58,7 +58,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.dtypes = tuple(None if value is None else value.dtype for value in like)
         ctx.fixed, ctx.handed_out = weight_grad_buffer is not None, False
-        ctx.save_for_backward(formula.grad_scale, classes.poison, *outcome.gradients)
+        ctx.save_for_backward(formula.grad_scale, classes.overflow, *outcome.gradients)
         return outcome.loss, *results
 
     @staticmethod
@@ -73,10 +73,10 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         nothing = (None,) * 6
         if dloss is None:
             return (None, None, None, *nothing)
-        grad_scale, poison, *gradients = ctx.saved_tensors
+        grad_scale, overflow, *gradients = ctx.saved_tensors
         scale = (dloss / grad_scale if grad_scale.numel() else dloss).reshape(1)
-        if poison is not None:
-            scale = scale * poison
+        if overflow is not None:
+            scale = torch.where(overflow, torch.nan, scale)
         if ctx.fixed:
             scale = _only_one(scale)
         if ctx.handed_out:

@@ -149,7 +149,10 @@ class OnePass:
             self._recompute(
                 selection, scored, Upstream(dlogprob, -tokens.entropy_weight), gradients
             )
-        return Part(token_loss, scored.logprob, scored.entropy, metrics)
+        logprob, entropy = (
+            value.where(tokens.mask, 0.0) if value.numel() else value for value in scored[:2]
+        )
+        return Part(token_loss, logprob, entropy, metrics)
 
     def _recompute(
         self, selection: Selection, scored: Scored, upstream: Upstream, gradients: HeadGradients
@@ -193,7 +196,7 @@ class RowClasses:
 
     active: PlannedRows
     scored: PlannedRows
-    poison: Tensor | None = None  # [1]: NaN where a static plan has too few rows, else 1
+    overflow: Tensor | None = None  # [] bool: a static plan has too few rows, so everything is NaN
 
     def describe(self, limit: int) -> str:
         """One line for the log and the report."""
