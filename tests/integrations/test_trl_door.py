@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'fastgrpo[integrations]'")
 from datasets import Dataset
@@ -313,9 +313,22 @@ def mostly_tied(prompts: list[str], **_: object) -> list[float]:
     return [1.0 if order[prompt] < 3 else float(k % 4) for k, prompt in enumerate(prompts)]
 
 
+class Products(TorchDispatchMode):
+    """Multiplications of matrix products, in-place and `out=` forms included (FlopCounterMode leaves those out)."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.count += a.shape[0] * a.shape[1] * b.shape[1]
+        return function(*args, **(kwargs or {}))
+
+
 def products_of_a_step(trainer_class, model: str, folder: Path) -> tuple[int, list[dict]]:
-    """Floating-point operations of one training step, forward and backward, and what was logged."""
-    counter = FlopCounterMode(display=False)
+    """Multiplications of one training step, forward and backward, and what was logged."""
+    counter = Products()
 
     class Counting(trainer_class):
         def compute_loss(self, *args, **kwargs):  # generation comes before it
@@ -339,7 +352,7 @@ def products_of_a_step(trainer_class, model: str, folder: Path) -> tuple[int, li
         processing_class=tiny.tokenizer(),
     )
     logs = history(trainer)
-    return counter.get_total_flops(), logs
+    return counter.count, logs
 
 
 def test_dead_rows_cost_no_products(tmp_path):
@@ -349,7 +362,7 @@ def test_dead_rows_cost_no_products(tmp_path):
     ours, our_logs = products_of_a_step(door.FastGRPOTrainer, wide, tmp_path / "ours")
     assert_same(our_logs[:1], their_logs[:1])
     assert their_logs[0]["frac_reward_zero_std"] == pytest.approx(0.6)
-    assert ours < 0.55 * theirs, f"{ours / theirs:.2f} of TRL's products"
+    assert ours < 0.4 * theirs, f"{ours / theirs:.2f} of TRL's products"
 
 
 RANKS = """
