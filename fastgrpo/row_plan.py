@@ -154,10 +154,12 @@ def _count_before(chosen: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def _static(wanted: Tensor, cu_seqlens: Tensor, by_sequence: bool, capacity: int) -> RowPlan:
     """`capacity` rows whatever the data: the wanted ones first, then dead ones that the mask keeps out."""
-    capacity = min(capacity, wanted.numel())
-    index = wanted.sort(descending=True, stable=True).indices[:capacity]
-    offsets = _count_before(wanted, cu_seqlens).clamp(max=capacity)
-    offsets[-1] = capacity  # dead rows follow the last sequence
+    if capacity >= wanted.numel():
+        index, offsets = torch.arange(wanted.numel(), device=wanted.device), cu_seqlens
+    else:
+        index = wanted.sort(descending=True, stable=True).indices[:capacity]
+        offsets = _count_before(wanted, cu_seqlens).clamp(max=capacity)
+        offsets[-1] = capacity  # dead rows follow the last sequence
     return RowPlan(
         num_tokens=wanted.numel(),
         active_index=index,
