@@ -27,7 +27,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("fastgrpo.trainer.main", "train a model with GRPO: story (default), copy, gsm8k-equations", True),
     "sft": Command("fastgrpo.trainer.sft_main", "supervised fine-tuning alone", True),
-    "eval": Command("fastgrpo.trainer.eval_main", "accuracy of a saved model: greedy, pass@1, maj@k, pass@k", True),
+    "eval": Command("fastgrpo.trainer.eval_main", "accuracy of a saved model: greedy, pass@1, maj@k, pass@k"),
     "bench": Command("fastgrpo.bench.main", "time the ops against the reference and other packages"),
     "plan": Command("fastgrpo.plan", "estimate memory and the largest micro-batch"),
     "verify": Command("fastgrpo.verify", "compare the ops with float64 on your model's head"),
@@ -46,9 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastgrpo {_version()}")
         return 0
     name, rest = argv[0], argv[1:]
-    available = _available()
-    if name not in available:
-        print(f"fastgrpo: {_unknown(name, available)}", file=sys.stderr)
+    if name not in COMMANDS or not _exists(COMMANDS[name].module):
+        print(f"fastgrpo: {_unknown(name)}", file=sys.stderr)
         return 2
     threads = option_value(rest, "threads") or "1"
     set_environment(threads)
@@ -84,14 +83,16 @@ def option_value(arguments: Sequence[str], name: str) -> str | None:
     return value
 
 
-def _available() -> dict[str, Command]:
-    def exists(module: str) -> bool:
-        try:
-            return find_spec(module) is not None
-        except ModuleNotFoundError:  # its package does not exist
-            return False
+def _exists(module: str) -> bool:
+    """Whether a command's module is there; those of later releases are not listed before."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its package does not exist
+        return False
 
-    return {name: command for name, command in COMMANDS.items() if exists(command.module)}
+
+def _available() -> dict[str, Command]:
+    return {name: command for name, command in COMMANDS.items() if _exists(command.module)}
 
 
 def _overview() -> str:
@@ -100,9 +101,10 @@ def _overview() -> str:
     return "\n".join([USAGE, "", *rows])
 
 
-def _unknown(name: str, available: dict[str, Command]) -> str:
+def _unknown(name: str) -> str:
     from difflib import get_close_matches
 
+    available = _available()
     close = get_close_matches(name, available, n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     return f"no command {name!r}.{guess} Commands: {', '.join(available)}"

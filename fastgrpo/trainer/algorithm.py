@@ -48,7 +48,7 @@ def learning_rate_factor(kind: str, step: int, total: int, warmup: int) -> float
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, total - warmup)
     if kind == "linear":
-        return 1.0 - done
+        return max(0.0, 1.0 - done)
     if kind == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * done))
     return 1.0

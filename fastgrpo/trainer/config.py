@@ -44,7 +44,7 @@ class TrainConfig:
     """Folder of a model that `save_pretrained` wrote, to start from instead of making a base."""
 
     # Making the base model: supervised fine-tuning on worked examples
-    sft_steps: int = 1200
+    sft_steps: int = 1500
     """Steps of supervised fine-tuning; 0 starts from random weights."""
     sft_batch_size: int = 32
     """Examples per SFT step."""
@@ -52,7 +52,7 @@ class TrainConfig:
     """Peak learning rate of SFT; warms up over 50 steps, then falls linearly to 5 %."""
 
     # GRPO: sampling
-    max_steps: int = 40
+    max_steps: int = 50
     """GRPO steps: each samples fresh completions once."""
     prompts_per_step: int = 16
     """Questions per step; the batch is prompts_per_step x num_generations completions."""

@@ -94,7 +94,7 @@ class Story:
 
     answer_only: float = 0.75
     """Share of bare answers in the last part of SFT. At .75 a group of 8 holds a worked solution 9 times in 10."""
-    answer_only_from: float = 0.85
+    answer_only_from: float = 0.93
     """Where in SFT (as a share of its steps) bare answers begin."""
     model: TinyModel = TinyModel(hidden_size=96, intermediate_size=384)
     about_base: str = (
