@@ -39,9 +39,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tokens", type=int, help="tokens per call (default 256 on a CPU, 8192 on a GPU)"
     )
-    p.add_argument("--dtype", default="bfloat16,float32", help=names(", ".join(DTYPES)))
+    p.add_argument("--dtype", help=names(", ".join(DTYPES)) + " (default bfloat16,float32)")
     p.add_argument(
-        "--entropy", default="off,on", help="off, on or both; the linear losses take the first"
+        "--entropy", help="off, on or both (default off,on); the linear losses take the first"
     )
     p.add_argument(
         "--active", default="1,0.4", help="shares of rows with a gradient, for the linear losses"
@@ -52,8 +52,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", type=float, default=20.0, help="seconds per case")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="folder for results.jsonl, results.md and results.png")
-    p.add_argument("--quick", action="store_true", help="small shapes, under a minute on two cores")
+    p.add_argument("--quick", action="store_true", help="small shapes, one dtype, in a minute")
     return p
+
+
+def _defaults(args: argparse.Namespace) -> None:
+    """What depends on other options."""
+    args.dtype = args.dtype or ("bfloat16" if args.quick else "bfloat16,float32")
+    args.entropy = args.entropy or ("off" if args.quick else "off,on")
+    args.tokens = args.tokens or (128 if args.quick else 256 if args.device == "cpu" else 8192)
 
 
 def _listed(args: argparse.Namespace, option: str, known: Any) -> list[str]:
@@ -68,17 +75,17 @@ def _listed(args: argparse.Namespace, option: str, known: Any) -> list[str]:
 
 def cases(args: argparse.Namespace) -> list[Case]:
     """Every case that the command line asks for."""
+    _defaults(args)
     dtypes = [DTYPES[name] for name in _listed(args, "dtype", DTYPES)]
     entropy = [ENTROPY[name] for name in _listed(args, "entropy", ENTROPY)]
     modes = _listed(args, "mode", MODES)
     hidden, vocabulary = (64, 2048) if args.quick else preset(args.preset)
-    tokens = args.tokens or (128 if args.quick else 256 if args.device == "cpu" else 8192)
     found: list[Case] = []
     for kind in _listed(args, "what", KINDS):
         if kind == "advantage":
             found += [Case(kind, "forward", 64 * b, 1, 0, torch.float32) for b in (64, 8192)]
         for dtype in dtypes if kind != "advantage" else ():
-            size = (tokens, vocabulary, hidden, dtype)
+            size = (args.tokens, vocabulary, hidden, dtype)
             if kind == "linear":
                 shares = [float(share) for share in args.active.split(",")]
                 found += _linear(size, modes, shares, entropy[0])

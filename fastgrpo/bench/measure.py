@@ -37,9 +37,12 @@ class Timing:
 class Clock:
     """CPU: processor time of this process. GPU: events around the call. Caches are flushed: a loop would warm them."""
 
-    def __init__(self, device: torch.device) -> None:
-        """Allocate the buffer that flushes a GPU's L2, or a CPU's caches up to 64 MiB."""
-        self.device = device
+    def __init__(self, device: torch.device, calls: int = 1) -> None:
+        """Allocate the buffer that flushes a GPU's L2, or a CPU's caches up to 64 MiB.
+
+        With several `calls` per repetition, for what takes microseconds, caches stay as the calls leave them.
+        """
+        self.device, self.calls = device, calls
         self.is_cuda = device.type == "cuda"
         size = 2**26
         if self.is_cuda:
@@ -47,20 +50,25 @@ class Clock:
         self.flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def time(self, run: Callable[[], Outputs]) -> tuple[float, float]:
-        """Seconds of one call, and elapsed seconds."""
-        self.flush.zero_()
+        """Seconds and elapsed seconds of one call."""
+        if self.calls == 1:
+            self.flush.zero_()
         if not self.is_cuda:
             wall, start = time.perf_counter(), time.process_time()
-            run()
-            return time.process_time() - start, time.perf_counter() - wall
+            for _ in range(self.calls):
+                run()
+            seconds, elapsed = time.process_time() - start, time.perf_counter() - wall
+            return seconds / self.calls, elapsed / self.calls
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         wall = time.perf_counter()
         begin.record()
-        run()
+        for _ in range(self.calls):
+            run()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3, time.perf_counter() - wall
+        elapsed = time.perf_counter() - wall
+        return begin.elapsed_time(end) / 1e3 / self.calls, elapsed / self.calls
 
     def peak_extra_bytes(self, run: Callable[[], Outputs]) -> int:
         """Peak memory of one call above what was in use before it; 0 where the system does not tell."""

@@ -138,7 +138,9 @@ def _draw(case: Case, device: torch.device, seed: int) -> Problem:
     else:
         idle = torch.randperm(b, generator=g, device=device)[: b - round(b * case.active)]
         advantage[idle] = 0.0
-    old, ref = (logprob + 0.1 * normal(b, t) for _ in range(2))
+    # A tenth of the tokens is clipped for certain, few others lie near a bound: rounding shall not decide.
+    far = (torch.rand(b, t, generator=g, device=device) < 0.1) * 0.4 * normal(b, t).sign()
+    old, ref = logprob + 0.05 * normal(b, t) + far, logprob + 0.1 * normal(b, t)
     reward = torch.randint(0, 2, (b,), generator=g, device=device).float()
     problem = Problem(case, token_ids, mask, advantage, old, ref, reward, logits, hidden, weight)
     problem.expected = expected(problem)
