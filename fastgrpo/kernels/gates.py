@@ -90,7 +90,8 @@ def gates_closed(
     """
     closed = live != live  # nowhere
     closed_kl = closed
-    for k in tl.static_range(SPEC[NUM_GATES]):
+    COUNT: tl.constexpr = SPEC[NUM_GATES]
+    for k in tl.static_range(COUNT):
         shut = live & _gate_closed(
             logprob, old, rollout, entropy, advantage, gate_totals, params_ptr, k,
             SPEC[GATES + GATE_SIZE * k], SPEC[GATES + GATE_SIZE * k + 1], SPEC[GATES + GATE_SIZE * k + 2],
@@ -108,7 +109,8 @@ def add_gate_statistics(
 ):
     """Fold a block of tokens into the running sum (or maximum) of each gate that pools over the sequence."""
     index = tl.arange(0, GATES_CAPACITY)
-    for k in tl.static_range(SPEC[NUM_GATES]):
+    COUNT: tl.constexpr = SPEC[NUM_GATES]
+    for k in tl.static_range(COUNT):
         if SPEC[GATES + GATE_SIZE * k + 2] != POOL_TOKEN:
             value = gate_statistic(
                 logprob, old, rollout, entropy, params_ptr, SPEC[GATES + GATE_SIZE * k], SPEC[GATES + GATE_SIZE * k + 1]
@@ -129,7 +131,8 @@ def initial_gate_totals(length, SPEC: tl.constexpr):
     """Neutral element of each gate's pooling, in the dtype of `length`."""
     index = tl.arange(0, GATES_CAPACITY)
     totals = tl.zeros([GATES_CAPACITY], length.dtype)
-    for k in tl.static_range(SPEC[NUM_GATES]):
+    COUNT: tl.constexpr = SPEC[NUM_GATES]
+    for k in tl.static_range(COUNT):
         if SPEC[GATES + GATE_SIZE * k + 2] == POOL_SEQ_MAX:
             totals = tl.where(index == k, -float("inf"), totals)
     return totals
@@ -139,7 +142,8 @@ def initial_gate_totals(length, SPEC: tl.constexpr):
 def finish_gate_totals(totals, length, SPEC: tl.constexpr):
     """Divide the means by the number of live tokens."""
     index = tl.arange(0, GATES_CAPACITY)
-    for k in tl.static_range(SPEC[NUM_GATES]):
+    COUNT: tl.constexpr = SPEC[NUM_GATES]
+    for k in tl.static_range(COUNT):
         if SPEC[GATES + GATE_SIZE * k + 2] == POOL_SEQ_MEAN:
             totals = tl.where(index == k, totals / length, totals)
     return totals

@@ -95,7 +95,7 @@ def _row_kernel(
     stride_n, stride_out_n, temperature_stride, n_cols,
     SPEC: tl.constexpr, CUSTOM: tl.constexpr, PRESENT: tl.constexpr, NUM_LOGIT_PARAMS: tl.constexpr,
     ENTROPY: tl.constexpr, GRADIENT: tl.constexpr, HAS_GRAD_SCALE: tl.constexpr,
-    ROWS: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, SAME_SHIFT: tl.constexpr,
+    ROWS: tl.constexpr, VEC: tl.constexpr, LOADS: tl.constexpr, ALIGNED: tl.constexpr, SAME_SHIFT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     out_ptr = row_pointer(dlogits_ptr, row, stride_out_n, ALIGNED and SAME_SHIFT, VEC)
@@ -116,7 +116,7 @@ def _row_kernel(
     row_ptr = row_pointer(logits_ptr, row, stride_n, ALIGNED, VEC)
     logprob, entropy, lse = row_statistics(
         row_ptr, target, n_cols, c, inner, softcap,
-        ALIGNED, NUM_LOGIT_PARAMS >= 2, ENTROPY, ROWS, VEC, "evict_last" if GRADIENT else "",
+        ALIGNED, NUM_LOGIT_PARAMS >= 2, ENTROPY, ROWS, VEC, LOADS, "evict_last" if GRADIENT else "",
     )  # fmt: skip
     bad_id = token_id != target
     logprob = tl.where(bad_id, float("nan"), logprob)
@@ -140,7 +140,7 @@ def _row_kernel(
             a, b, d_target = gradient_coefficients(logprob, entropy, dlogprob, dentropy, slope)
             row_gradient(
                 row_ptr, out_ptr, target, n_cols, c, inner, softcap, logprob, lse, a, b, d_target,
-                ALIGNED, SAME_SHIFT, NUM_LOGIT_PARAMS >= 2, PRESENT[6], ROWS, VEC, "evict_first",
+                ALIGNED, SAME_SHIFT, NUM_LOGIT_PARAMS >= 2, PRESENT[6], ROWS, VEC, LOADS, "evict_first",
             )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ class RowShape(NamedTuple):
 
     ROWS: int
     VEC: int
+    LOADS: int
     ALIGNED: bool
 
 
@@ -57,7 +58,7 @@ def row_shape(logits: Tensor, config: RowConfig) -> RowShape:
     aligned = (
         logits.data_ptr() % 16 == 0 and logits.stride(0) % vec == 0 and logits.shape[1] % vec == 0
     )
-    return RowShape(32 * config.warps * config.loads, vec, aligned)
+    return RowShape(32 * config.warps, vec, config.loads, aligned)
 
 
 def same_shift(logits: Tensor, out: Tensor) -> bool:

@@ -1,9 +1,10 @@
 """One pass over a row of logits by one program: statistics, and the gradient written back.
 
-A block is a tile of ROWS x VEC elements, VEC elements being 16 bytes, so each thread loads 128 bits per tile row and
-adds up within itself; threads meet once per row. Blocks start at the 16-byte boundary at or below the row (`shift`
-elements before it). Block 0, the block of the target and the last block are "edges": they alone compare columns, to
-mask what lies outside the row and to treat the target apart. The main loop runs over the others without a comparison.
+A tile is ROWS x VEC elements, VEC elements being 16 bytes, so each thread loads 128 bits and adds up within itself;
+threads meet once per row. A block is LOADS tiles, loaded together. Blocks start at the 16-byte boundary at or below the
+row (`shift` elements before it). Block 0, the block of the target and the last block are "edges": they alone compare
+columns, to mask what lies outside the row and to treat the target apart. The main loop runs over the others without a
+comparison.
 
 Units as in the reference: u = z or softcap * tanh(scale * z / softcap), x = u * c / log2(e), v = u * c - k in base 2.
 """
@@ -52,24 +53,49 @@ def aligned_start(row_ptr, ALIGNED: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def tile_offsets(ROWS: tl.constexpr, VEC: tl.constexpr):
-    """Offsets [ROWS, VEC] of a block's elements, 16 consecutive bytes in each row."""
+    """Offsets [ROWS, VEC] of a tile's elements, 16 consecutive bytes in each row."""
     return tl.arange(0, ROWS)[:, None] * VEC + tl.arange(0, VEC)[None, :]
 
 
 @triton.jit
-def edge_columns(
-    block, shift, n_cols, ALIGNED: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr
+def load_block(
+    block_ptr, ROWS: tl.constexpr, VEC: tl.constexpr, LOADS: tl.constexpr, EVICTION: tl.constexpr
 ):
-    """Columns of a block that may reach out of the row, and which lie inside it."""
+    """The LOADS tiles of a block inside the row; all loads are in flight before the first tile is used."""
+    tiles = ()
+    for part in tl.static_range(LOADS):
+        tile_ptr = block_ptr + part * (ROWS * VEC) + tile_offsets(ROWS, VEC)
+        tiles = tiles + (tl.load(tile_ptr, eviction_policy=EVICTION),)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def edge_columns(tile, shift, n_cols, ALIGNED: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr):
+    """Columns of a tile that may reach out of the row, and which lie inside it."""
     if ALIGNED:
         n_cols = (
             n_cols // VEC * VEC
-        )  # no change; tells the compiler that a mask covers whole 16-byte groups
-    columns = block * (ROWS * VEC) + tile_offsets(ROWS, VEC) - shift
+        )  # no change: tells the compiler that masks cover 16-byte groups
+    columns = tile * (ROWS * VEC) + tile_offsets(ROWS, VEC) - shift
     inside = columns < n_cols
     if not ALIGNED:
         inside = inside & (columns >= 0)
     return columns, inside
+
+
+@triton.jit
+def load_edge(
+    base_ptr, block, shift, n_cols, ALIGNED: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr, LOADS: tl.constexpr,
+    EVICTION: tl.constexpr,
+):  # fmt: skip
+    """The LOADS tiles of a block that may reach out of the row, 0 where it does."""
+    tiles = ()
+    for part in tl.static_range(LOADS):
+        tile = block * LOADS + part
+        _, inside = edge_columns(tile, shift, n_cols, ALIGNED, ROWS, VEC)
+        tile_ptr = base_ptr + tile * (ROWS * VEC) + tile_offsets(ROWS, VEC)
+        tiles = tiles + (tl.load(tile_ptr, mask=inside, other=0.0, eviction_policy=EVICTION),)  # noqa: RUF005
+    return tiles
 
 
 @triton.jit
@@ -107,20 +133,20 @@ def _exact_sums(
 ):  # fmt: skip
     """Sums around the row's exact maximum, scaled after it is subtracted: two plain passes for extreme rows."""
     offsets = tile_offsets(ROWS, VEC)
-    last = (n_cols + shift - 1) // (ROWS * VEC)
+    tiles = (n_cols + shift - 1) // (ROWS * VEC) + 1
     top = tl.zeros([ROWS], c.dtype) - float("inf")
-    for block in range(0, last + 1):
-        columns, inside = edge_columns(block, shift, n_cols, ALIGNED, ROWS, VEC)
-        z = tl.load(base_ptr + block * (ROWS * VEC) + offsets, mask=inside, other=0.0).to(c.dtype)
-        u, _ = units(z, inner, softcap, SOFTCAP)
+    for tile in range(0, tiles):
+        _, inside = edge_columns(tile, shift, n_cols, ALIGNED, ROWS, VEC)
+        z = tl.load(base_ptr + tile * (ROWS * VEC) + offsets, mask=inside, other=0.0)
+        u, _ = units(z.to(c.dtype), inner, softcap, SOFTCAP)
         top = tl.maximum(top, tl.max(tl.where(inside, u, -float("inf")), axis=1))
     u_max = tl.max(top, axis=0)
     s = tl.zeros([ROWS], c.dtype)
     w = tl.zeros([ROWS], c.dtype)
-    for block in range(0, last + 1):
-        columns, inside = edge_columns(block, shift, n_cols, ALIGNED, ROWS, VEC)
-        z = tl.load(base_ptr + block * (ROWS * VEC) + offsets, mask=inside, other=0.0).to(c.dtype)
-        u, _ = units(z, inner, softcap, SOFTCAP)
+    for tile in range(0, tiles):
+        columns, inside = edge_columns(tile, shift, n_cols, ALIGNED, ROWS, VEC)
+        z = tl.load(base_ptr + tile * (ROWS * VEC) + offsets, mask=inside, other=0.0)
+        u, _ = units(z.to(c.dtype), inner, softcap, SOFTCAP)
         v = tl.where(inside, (u - u_max) * c, FLOOR)
         e = tl.where(inside & (columns != target), tl.exp2(v), 0.0)
         s, w = _add(v, e, s, w, ENTROPY)
@@ -128,10 +154,25 @@ def _exact_sums(
 
 
 @triton.jit
+def _add_edge(
+    tiles, block, shift, target, n_cols, c, k, inner, softcap, s, w,
+    ALIGNED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
+    LOADS: tl.constexpr,
+):  # fmt: skip
+    for part in tl.static_range(LOADS):
+        columns, inside = edge_columns(block * LOADS + part, shift, n_cols, ALIGNED, ROWS, VEC)
+        u, _ = units(tiles[part].to(c.dtype), inner, softcap, SOFTCAP)
+        v = tl.fma(u, c, -k)
+        e = tl.where(inside & (columns != target), tl.exp2(v), 0.0)
+        s, w = _add(v, e, s, w, ENTROPY)
+    return s, w
+
+
+@triton.jit
 def row_statistics(
     row_ptr, target, n_cols, c, inner, softcap,
     ALIGNED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
-    EVICTION: tl.constexpr,
+    LOADS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Log-prob of `target` (a valid column), entropy, and logsumexp in units of u, of one row.
 
@@ -139,38 +180,38 @@ def row_statistics(
     No running maximum is kept; should k turn out too far below the row's maximum, or anything be infinite or NaN, the
     row is summed again around its exact maximum. The target's own term is left out of the sum and joins at the end.
     """
-    BLOCK: tl.constexpr = ROWS * VEC
+    BLOCK: tl.constexpr = ROWS * VEC * LOADS
     base_ptr, shift = aligned_start(row_ptr, ALIGNED, VEC)
-    offsets = tile_offsets(ROWS, VEC)
     last, edges, skipped, main_end = edge_blocks(target, shift, n_cols, BLOCK)
 
     u_target, _ = units(tl.load(row_ptr + target).to(c.dtype), inner, softcap, SOFTCAP)
-    columns, inside = edge_columns(0, shift, n_cols, ALIGNED, ROWS, VEC)
-    z = tl.load(base_ptr + offsets, mask=inside, other=0.0, eviction_policy=EVICTION).to(c.dtype)
-    u, _ = units(z, inner, softcap, SOFTCAP)
-    u = tl.where(inside, u, -float("inf"))
-    origin = tl.maximum(tl.max(tl.max(u, axis=1), axis=0), u_target)
+    tiles = load_edge(base_ptr, 0, shift, n_cols, ALIGNED, ROWS, VEC, LOADS, EVICTION)
+    top = tl.zeros([ROWS], c.dtype) - float("inf")
+    for part in tl.static_range(LOADS):
+        _, inside = edge_columns(part, shift, n_cols, ALIGNED, ROWS, VEC)
+        u, _ = units(tiles[part].to(c.dtype), inner, softcap, SOFTCAP)
+        top = tl.maximum(top, tl.max(tl.where(inside, u, -float("inf")), axis=1))
+    origin = tl.maximum(tl.max(top, axis=0), u_target)
     k = origin * c
-    v = tl.fma(u, c, -k)
-    e = tl.where(columns != target, tl.exp2(v), 0.0)
-    s, w = _add(v, e, tl.zeros([ROWS], c.dtype), tl.zeros([ROWS], c.dtype), ENTROPY)
-
+    s = tl.zeros([ROWS], c.dtype)
+    w = tl.zeros([ROWS], c.dtype)
+    s, w = _add_edge(
+        tiles, 0, shift, target, n_cols, c, k, inner, softcap, s, w, ALIGNED, SOFTCAP, ENTROPY, ROWS, VEC, LOADS
+    )  # fmt: skip
     for edge in range(1, edges):
         block = edge_block(edge, skipped, last)
-        columns, inside = edge_columns(block, shift, n_cols, ALIGNED, ROWS, VEC)
-        block_ptr = base_ptr + block * BLOCK + offsets
-        z = tl.load(block_ptr, mask=inside, other=0.0, eviction_policy=EVICTION).to(c.dtype)
-        u, _ = units(z, inner, softcap, SOFTCAP)
-        v = tl.fma(u, c, -k)
-        e = tl.where(inside & (columns != target), tl.exp2(v), 0.0)
-        s, w = _add(v, e, s, w, ENTROPY)
+        tiles = load_edge(base_ptr, block, shift, n_cols, ALIGNED, ROWS, VEC, LOADS, EVICTION)
+        s, w = _add_edge(
+            tiles, block, shift, target, n_cols, c, k, inner, softcap, s, w, ALIGNED, SOFTCAP, ENTROPY, ROWS, VEC, LOADS
+        )  # fmt: skip
 
     for i in range(1, main_end):
         block = tl.where(i >= skipped, i + 1, i)
-        z = tl.load(base_ptr + block * BLOCK + offsets, eviction_policy=EVICTION).to(c.dtype)
-        u, _ = units(z, inner, softcap, SOFTCAP)
-        v = tl.fma(u, c, -k)
-        s, w = _add(v, tl.exp2(v), s, w, ENTROPY)
+        tiles = load_block(base_ptr + block * BLOCK, ROWS, VEC, LOADS, EVICTION)
+        for part in tl.static_range(LOADS):
+            u, _ = units(tiles[part].to(c.dtype), inner, softcap, SOFTCAP)
+            v = tl.fma(u, c, -k)
+            s, w = _add(v, tl.exp2(v), s, w, ENTROPY)
 
     rest = tl.sum(s, axis=0)
     weighted = tl.sum(w, axis=0)

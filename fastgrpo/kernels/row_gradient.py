@@ -15,6 +15,8 @@ from fastgrpo.kernels.row import (
     edge_block,
     edge_blocks,
     edge_columns,
+    load_block,
+    load_edge,
     tile_offsets,
     units,
 )
@@ -37,30 +39,31 @@ def zero_row(
     out_ptr, n_cols, ALIGNED: tl.constexpr, SAME_SHIFT: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr
 ):  # fmt: skip
     """Fill a row with zeros."""
-    BLOCK: tl.constexpr = ROWS * VEC
+    TILE: tl.constexpr = ROWS * VEC
     start_ptr, shift = aligned_start(out_ptr, ALIGNED and SAME_SHIFT, VEC)
     offsets = tile_offsets(ROWS, VEC)
     zeros = tl.zeros([ROWS, VEC], out_ptr.dtype.element_ty)
-    last = (n_cols + shift - 1) // BLOCK
+    last = (n_cols + shift - 1) // TILE
     for edge in range(0, tl.where(last > 0, 2, 1)):
-        block = tl.where(edge == 0, 0, last)
-        _, inside = edge_columns(block, shift, n_cols, ALIGNED and SAME_SHIFT, ROWS, VEC)
-        tl.store(start_ptr + block * BLOCK + offsets, zeros, mask=inside)
-    for block in range(1, last):
-        tl.store(start_ptr + block * BLOCK + offsets, zeros)
+        tile = tl.where(edge == 0, 0, last)
+        _, inside = edge_columns(tile, shift, n_cols, ALIGNED and SAME_SHIFT, ROWS, VEC)
+        tl.store(start_ptr + tile * TILE + offsets, zeros, mask=inside)
+    for tile in range(1, last):
+        tl.store(start_ptr + tile * TILE + offsets, zeros)
 
 
 @triton.jit
 def row_gradient(
     row_ptr, out_ptr, target, n_cols, c, inner, softcap, logprob, lse, a, b, d_target,
     ALIGNED: tl.constexpr, SAME_SHIFT: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
-    ROWS: tl.constexpr, VEC: tl.constexpr, EVICTION: tl.constexpr,
+    ROWS: tl.constexpr, VEC: tl.constexpr, LOADS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Write p_j * (a + b * log2 p_j) * slope_j, and d_target * slope_t in the target's column, from the row's end back.
 
     Backwards, because after `row_statistics` the end of the row is what the cache still holds.
     """
-    BLOCK: tl.constexpr = ROWS * VEC
+    BLOCK: tl.constexpr = ROWS * VEC * LOADS
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     base_ptr, shift = aligned_start(row_ptr, ALIGNED, VEC)
     if ALIGNED and SAME_SHIFT:
         base_out_ptr = out_ptr
@@ -86,21 +89,23 @@ def row_gradient(
     for i in range(1, main_end):
         forward = main_end - i
         block = tl.where(forward >= skipped, forward + 1, forward)
-        z = tl.load(base_ptr + block * BLOCK + offsets, eviction_policy=EVICTION).to(c.dtype)
-        u, slope = units(z, inner, softcap, SOFTCAP)
-        gradient = _terms(tl.fma(u, c, -k), slope, a, b, SOFTCAP, ENTROPY)
-        tl.store(base_out_ptr + block * BLOCK + offsets, gradient.to(out_ptr.dtype.element_ty))
+        tiles = load_block(base_ptr + block * BLOCK, ROWS, VEC, LOADS, EVICTION)
+        for part in tl.static_range(LOADS):
+            u, slope = units(tiles[part].to(c.dtype), inner, softcap, SOFTCAP)
+            gradient = _terms(tl.fma(u, c, -k), slope, a, b, SOFTCAP, ENTROPY)
+            tile_ptr = base_out_ptr + block * BLOCK + part * (ROWS * VEC) + offsets
+            tl.store(tile_ptr, gradient.to(dtype))
 
     for edge in range(0, edges):
         block = tl.where(folds, edge_block(edge, skipped, last), edge)
-        columns, inside = edge_columns(block, shift, n_cols, ALIGNED, ROWS, VEC)
-        block_ptr = base_ptr + block * BLOCK + offsets
-        z = tl.load(block_ptr, mask=inside, other=0.0, eviction_policy=EVICTION).to(c.dtype)
-        u, slope = units(z, inner, softcap, SOFTCAP)
-        gradient = _terms(tl.fma(u - origin, c, beyond), slope, a, b, SOFTCAP, ENTROPY)
-        at_target = d_target
-        if SOFTCAP:
-            at_target = d_target * slope
-        gradient = tl.where(columns == target, at_target, gradient)
-        out_block_ptr = base_out_ptr + block * BLOCK + offsets
-        tl.store(out_block_ptr, gradient.to(out_ptr.dtype.element_ty), mask=inside)
+        tiles = load_edge(base_ptr, block, shift, n_cols, ALIGNED, ROWS, VEC, LOADS, EVICTION)
+        for part in tl.static_range(LOADS):
+            columns, inside = edge_columns(block * LOADS + part, shift, n_cols, ALIGNED, ROWS, VEC)
+            u, slope = units(tiles[part].to(c.dtype), inner, softcap, SOFTCAP)
+            gradient = _terms(tl.fma(u - origin, c, beyond), slope, a, b, SOFTCAP, ENTROPY)
+            at_target = d_target
+            if SOFTCAP:
+                at_target = d_target * slope
+            gradient = tl.where(columns == target, at_target, gradient)
+            tile_ptr = base_out_ptr + block * BLOCK + part * (ROWS * VEC) + offsets
+            tl.store(tile_ptr, gradient.to(dtype), mask=inside)

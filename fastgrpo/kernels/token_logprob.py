@@ -42,7 +42,7 @@ def _forward_kernel(
     logits_ptr, token_ids_ptr, mask_ptr, temperature_ptr, logit_params_ptr, logprob_ptr, entropy_ptr, lse_ptr,
     stride_n, temperature_stride, n_cols,
     HAS_MASK: tl.constexpr, NUM_LOGIT_PARAMS: tl.constexpr, ENTROPY: tl.constexpr,
-    ROWS: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, VEC: tl.constexpr, LOADS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if HAS_MASK and not tl.load(mask_ptr + row):
@@ -58,7 +58,7 @@ def _forward_kernel(
     )
     logprob, entropy, lse = row_statistics(
         row_pointer(logits_ptr, row, stride_n, ALIGNED, VEC), target, n_cols, c, inner, softcap,
-        ALIGNED, NUM_LOGIT_PARAMS >= 2, ENTROPY, ROWS, VEC, "",
+        ALIGNED, NUM_LOGIT_PARAMS >= 2, ENTROPY, ROWS, VEC, LOADS, "",
     )  # fmt: skip
     bad_id = token_id != target
     tl.store(logprob_ptr + row, tl.where(bad_id, float("nan"), logprob))
@@ -85,7 +85,7 @@ def _backward_kernel(
     dlogprob_ptr, dentropy_ptr, dlogits_ptr,
     stride_n, stride_out_n, temperature_stride, n_cols,
     HAS_DLOGPROB: tl.constexpr, HAS_DENTROPY: tl.constexpr, NUM_LOGIT_PARAMS: tl.constexpr,
-    ROWS: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, SAME_SHIFT: tl.constexpr,
+    ROWS: tl.constexpr, VEC: tl.constexpr, LOADS: tl.constexpr, ALIGNED: tl.constexpr, SAME_SHIFT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     out_ptr = row_pointer(dlogits_ptr, row, stride_out_n, ALIGNED and SAME_SHIFT, VEC)
@@ -111,7 +111,7 @@ def _backward_kernel(
     row_gradient(
         row_pointer(logits_ptr, row, stride_n, ALIGNED, VEC), out_ptr, target, n_cols, c, inner, softcap,
         logprob, tl.load(lse_ptr + row), a, b, d_target,
-        ALIGNED, SAME_SHIFT, NUM_LOGIT_PARAMS >= 2, HAS_DENTROPY, ROWS, VEC, "evict_first",
+        ALIGNED, SAME_SHIFT, NUM_LOGIT_PARAMS >= 2, HAS_DENTROPY, ROWS, VEC, LOADS, "evict_first",
     )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Measurements and static checks of the kernels, run by hand or in CI; nothing here is installed."""
