@@ -8,18 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgrpo.choices import Gate
+from fastgrpo.functional.numbers import number_tensor
 from fastgrpo.objective import Objective
 from fastgrpo.reference.gates import Tokens, gate_closed
 from fastgrpo.reference.log_ratio import log_ratio_of
 from fastgrpo.reference.policy_loss import reduce_metrics
 from fastgrpo.spec import Between, Pool, Stat, When
 
+# Rows that the correction adds to the metrics; `fastgrpo.metrics.DEFINITIONS` says what they hold.
 ROLLOUT_METRICS = (
-    "rollout_weight",  # importance weight as applied (1 without a correction)
+    "rollout_weight",
     "rollout_weight_squared",
-    "rollout_abs_log_ratio",  # |old - rollout|: TRL's sampling_logp_difference
-    "rollout_k1",  # rollout - old: estimates KL(rollout || old)
-    "rollout_k3",  # the same by k3
+    "rollout_abs_log_ratio",
+    "rollout_k1",
+    "rollout_k3",
+    "rollout_chi2",
 )
 
 
@@ -61,6 +65,20 @@ def _importance_weight(log_ratio: Tensor, tokens: Tokens, objective: Objective) 
         total = tokens.total(weight * share)
         weight = weight * tokens.total(share) / torch.where(total > 0, total, 1.0)
     return weight
+
+
+def _stored_gate_closed(gate: Gate, tokens: Tokens) -> Tensor:
+    """Where a gate between old policy and sampler removes the token."""
+    code = (
+        Stat[gate.stat.upper()],
+        Between.THETA_ROLLOUT,
+        Pool[gate.pool.upper()],
+        When[gate.when.upper()],
+        0,
+    )
+    like = tokens.logprob
+    limits = number_tensor([gate.low, gate.high, 20.0], like.dtype, like.device)
+    return gate_closed(tokens, [int(x) for x in code], *limits.unbind())
 
 
 def apply_correction(
@@ -111,32 +129,32 @@ def apply_correction(
             if correction.applies_to == "policy_and_kl":
                 kl_weight = _times(weight, kl_weight)
     for gate in gates:
-        code = [
-            Stat[gate.stat.upper()],
-            Between.THETA_ROLLOUT,
-            Pool[gate.pool.upper()],
-            When[gate.when.upper()],
-            0,
-        ]
-        low, high = (
-            torch.as_tensor(x, dtype=old.dtype, device=old.device) for x in (gate.low, gate.high)
-        )
-        shut = gate_closed(tokens, [int(x) for x in code], low, high, torch.full_like(low, 20.0))
-        keep = (~shut).to(old.dtype)
+        shut = _stored_gate_closed(gate, tokens)
         if gate.scope == "mask":
             mask = mask & ~shut
             continue
+        keep = (~shut).to(old.dtype)
         token_weight = _times(keep, token_weight)
         if gate.scope == "policy_and_kl":
             kl_weight = _times(keep, kl_weight)
-    rows = torch.stack(
+    metrics = _mismatch_metrics(weight, difference, tokens, ~rollout.isnan())
+    return Corrected(mask, old, log_weight, token_weight, kl_weight, (ROLLOUT_METRICS, metrics))
+
+
+def _mismatch_metrics(weight: Tensor, log_ratio: Tensor, tokens: Tokens, scored: Tensor) -> Tensor:
+    """Rows of ROLLOUT_METRICS: weights over live tokens, mismatch over those that the sampler scored."""
+    weights = torch.stack([weight, weight * weight])
+    mismatch = torch.stack(
         [
-            weight,
-            weight * weight,
-            difference.abs(),
-            -difference,
-            torch.expm1(difference) - difference,
+            log_ratio.abs(),
+            -log_ratio,
+            torch.expm1(log_ratio) - log_ratio,
+            torch.expm1(2 * log_ratio.clamp(-20.0, 20.0)),
         ]
     )
-    metrics = reduce_metrics(rows.double(), tokens)
-    return Corrected(mask, old, log_weight, token_weight, kl_weight, (ROLLOUT_METRICS, metrics))
+    return torch.cat(
+        [
+            reduce_metrics(weights.double(), tokens),
+            reduce_metrics(mismatch.double(), tokens._replace(live=tokens.live & scored)),
+        ]
+    )

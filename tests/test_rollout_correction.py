@@ -313,19 +313,23 @@ def test_four_gates_together():
 
 
 def test_mismatch_metrics():
-    """k1, k3 and |difference| of the sampler's mismatch; ESS and chi-square of the weights as applied."""
+    """Mismatch over the tokens that the sampler scored, weights over all; ESS and chi-square by their definitions."""
     batch = mismatch(12)
     objective = Objective.grpo().replace(correction=Correction(high=1.1))
     arguments = Layout(batch, False, False).arguments(batch)
     m = policy_loss(batch.logprob, objective=objective, **arguments).metrics
-    u = (batch.old - behaviour(batch))[batch.mask]
-    w = u.exp().clamp(max=1.1)
+    u = (batch.old - batch.rollout)[batch.mask & ~batch.rollout.isnan()]
+    w = (batch.old - behaviour(batch))[batch.mask].exp().clamp(max=1.1)
+    assert len(u) == len(w) - 2
     close(m["rollout_k1"], -u.mean(), "k1")
+    close(m["rollout_corr/kl"], -u.mean(), "kl")
     close(m["rollout_k3"], (u.exp() - 1 - u).mean(), "k3")
     close(m["sampling/sampling_logp_difference/max"], u.abs().max(), "max difference")
     close(m["sampling/importance_sampling_ratio/min"], w.min(), "min weight")
-    close(m["rollout/ess"], 1 / ((w / w.mean()) ** 2).mean(), "ess")
-    close(m["rollout/chi2"], (w**2).mean() - 1, "chi-square")
+    ess = m["rollout_corr/rollout_is_eff_sample_size"]
+    close(ess, 1 / ((w / w.mean()) ** 2).mean(), "ess")
+    close(m["rollout_corr/rollout_is_std"], w.std(correction=0), "std")
+    close(m["rollout_corr/chi2_token"], ((2 * u).exp()).mean() - 1, "chi-square")
 
 
 def test_missing_tensors_are_named():
