@@ -19,7 +19,8 @@ class Job:
 
 JOBS = {
     "story": Job(
-        "story problems with worked solutions: make a base model, then GRPO (the default)"
+        "story problems with worked solutions: make a base model, then GRPO (the default)",
+        {"eval_steps": 5},
     ),
     "copy": Job(
         "copy three digits: from random weights, by reinforcement alone, in about 15 CPU-seconds",
@@ -41,13 +42,14 @@ JOBS = {
         {
             "sft_steps": 500,
             "sft_batch_size": 64,
-            "max_steps": 160,
+            "max_steps": 120,
             "prompts_per_step": 64,
             "max_completion_length": 8,
             "learning_rate": 1e-3,
             "lr_scheduler_type": "linear",
             "per_device_train_batch_size": 512,
-            "eval_steps": 40,
+            "eval_steps": 30,
+            "eval_questions": 2429,
         },
     ),
 }

@@ -15,7 +15,7 @@ def render(result: Result) -> str:
     """The whole page."""
     title = f"fastgrpo: {result.config['job']}"
     parts = [
-        f"<h1>{escape(title)}</h1><p class=sub>{escape(result.subtitle)}</p>",
+        f"<h1>{escape(title)}</h1><p class=sub>{escape(subtitle(result))}</p>",
         *([f"<p class=note>{escape(result.stopped)}</p>"] if result.stopped else []),
         "<h2>Result</h2>" + accuracy_table(result.base, result.final),
         *(f"<p>{escape(text)}</p>" for text in result.words),
@@ -35,6 +35,15 @@ def render(result: Result) -> str:
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n'
         + "\n".join(parts)
         + "\n</body></html>\n"
+    )
+
+
+def subtitle(result: Result) -> str:
+    """What was run and what it took."""
+    c = result.config
+    return (
+        f"{c['objective']}, {c['max_steps']} steps of {c['prompts_per_step']} questions x {c['num_generations']} "
+        f"completions, beta {c['beta']:g}, seed {c['seed']}; wall {result.wall_s:.0f} s, CPU {result.cpu_s:.0f} s"
     )
 
 
@@ -121,7 +130,7 @@ def samples(result: Result) -> str:
             if e is not None
         ]
         columns = "".join(
-            f"<div><div class=label>{name}</div>{answers(answered)}</div>"
+            f"<div><div class=side>{name}</div>{answers(answered)}</div>"
             for name, answered in sides
         )
         problem = first.answered[i].problem

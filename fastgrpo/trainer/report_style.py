@@ -15,6 +15,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3em 0; padding: .
       border-radius: 4px; font: 13px/1.4 ui-monospace, monospace }
 .sub, .label { color: #667 }
 .label { font-size: .85em }
+.side { font-weight: 600; margin-top: .5em }
 .se { color: #889; font-size: .85em }
 .up { color: #14763c; font-weight: 600 }
 .down { color: #a8321f; font-weight: 600 }

@@ -12,7 +12,6 @@ class Result:
     """Filled while the run goes on, so that an interrupted one has as much as it got."""
 
     config: dict[str, Any]
-    subtitle: str = ""
     stopped: str | None = None  # why it ended early
     base: Evaluation | None = None
     final: Evaluation | None = None

@@ -42,7 +42,6 @@ def result_with(texts):
     config = asdict(default_config("story")) | {"output_dir": texts[0]}
     result = Result(
         config,
-        subtitle=texts[4],
         base=evaluation,
         final=evaluation,
         notes=list(texts),
