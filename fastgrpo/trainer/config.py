@@ -82,6 +82,9 @@ class TrainConfig:
     drop_zero_advantage: bool = False
     """Leave completions of zero advantage out of training. Faster late in a run, but while beta > 0 their KL term goes
     too, so the update is not the paper's. With beta = 0 they are always left out: the update is the same."""
+    steps_per_generation: int = 1
+    """Mini-batches (updates) that a sampled batch is divided into, whole groups at a time; each is seen num_iterations
+    times."""
     ref_sync_steps: int = 0
     """Iterative GRPO: copy the policy to the reference every so many steps; 0 keeps the first reference."""
 
@@ -112,6 +115,26 @@ class TrainConfig:
     """Temperature of those samples."""
     eval_steps: int = 10
     """A small evaluation on other held-out questions every so many steps, for the curve; 0: none."""
+    # Long runs (docs/long_runs.md)
+    save_steps: int = 10
+    """Checkpoint every so many GRPO steps, and after the last; 0: only when a signal asks for one."""
+    save_total_limit: int = 2
+    """Checkpoints to keep; 0 keeps all."""
+    resume: str = "never"
+    """auto: go on from the newest whole checkpoint in output_dir, or begin if there is none; never: refuse a folder
+    that holds a run; or the path of a run or of one of its checkpoints."""
+    check_resume: bool = False
+    """Instead of training: run 4 steps, go back to the checkpoint after 2, and compare all bits of both ends."""
+    max_bad_steps: int = 3
+    """Updates in a row whose loss or gradient is not finite (they are skipped) before the run stops."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """Under torchrun: ddp gives every process the whole model, fsdp2 a share of it."""
+    sampling_streams: int = 0
+    """Independent streams of random numbers that a step's questions are divided among. Default: one per process. Any
+    number of processes up to it samples the same completions."""
+    dead_rank_seconds: float = 30.0
+    """Without a sign of life for so long, a process counts as dead and the others end."""
+
     logging_steps: int = 1
     """Steps between lines of metrics.jsonl."""
     report: bool = True
@@ -122,10 +145,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Reject numbers that cannot be meant, naming the option."""
         whole = "threads sft_batch_size prompts_per_step max_completion_length num_iterations eval_samples"
-        whole += " per_device_train_batch_size logging_steps"
+        whole += " per_device_train_batch_size logging_steps steps_per_generation max_bad_steps"
         for name in whole.split():
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         natural = "sft_steps max_steps ref_sync_steps warmup_steps eval_questions eval_steps completions_to_show"
+        natural += " save_steps save_total_limit sampling_streams"
         for name in natural.split():
             self._require(name, getattr(self, name) >= 0, "must be at least 0")
         for name in ("beta", "weight_decay"):
@@ -136,8 +160,12 @@ class TrainConfig:
             "learning_rate",
             "sft_learning_rate",
             "max_grad_norm",
+            "dead_rank_seconds",
         ):
             self._require(name, getattr(self, name) > 0, "must be above 0")
+        rule = f"must be at most prompts_per_step ({self.prompts_per_step})"
+        for name in ("steps_per_generation", "sampling_streams"):
+            self._require(name, getattr(self, name) <= self.prompts_per_step, rule)
         rule = "must be at least 2: a completion is compared with others of its group"
         self._require("num_generations", self.num_generations >= 2, rule)
         for name in ("epsilon", "epsilon_high"):

@@ -112,6 +112,24 @@ class PlainDisplay:
         sys.stdout.flush()
 
 
+class SilentDisplay:
+    """Shows nothing: for all processes of a run but the first."""
+
+    def phase(self, name: str, total: int) -> None:
+        """See `Display`."""
+
+    def advance(
+        self, done: int, text: str = "", numbers: Mapping[str, float] | None = None
+    ) -> None:
+        """See `Display`."""
+
+    def note(self, text: str) -> None:
+        """See `Display`."""
+
+    def close(self) -> None:
+        """See `Display`."""
+
+
 class LiveDisplay:
     """A table of the last steps above a progress bar."""
 

@@ -5,6 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -45,6 +46,14 @@ class Evaluation:
     stderr: dict[str, float]
     mean_length: float
     answered: list[Answered]
+
+    @classmethod
+    def of(cls, stored: dict[str, Any]) -> "Evaluation":
+        """From the nested dictionaries that `dataclasses.asdict` makes of one."""
+        answered = [
+            Answered(**{**one, "problem": Problem(**one["problem"])}) for one in stored["answered"]
+        ]
+        return cls(**{**stored, "answered": answered})
 
     def part(self, name: str) -> "Evaluation":
         """The same for the questions of one slice."""

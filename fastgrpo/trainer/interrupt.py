@@ -1,8 +1,12 @@
-"""Ctrl-C between two steps, not in the middle of one."""
+"""Signals are obeyed at safe points, not in the middle of a step."""
 
 import os
 import signal
 from types import FrameType
+
+from fastgrpo.trainer.distributed import Ranks
+
+STOPPING = b"\nstopping after this step and saving; press Ctrl-C again to stop at once\n"
 
 
 class Interrupted(Exception):
@@ -10,13 +14,17 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """The first Ctrl-C (or SIGTERM) is remembered until `check`; a second one stops at once."""
+    """Ctrl-C and SIGTERM stop, SIGUSR1 asks for a checkpoint; remembered until `check`. A second Ctrl-C stops at once.
 
-    def __init__(self) -> None:
+    SIGTERM may come twice (launchers pass it on to processes that had it already), so it never stops at once.
+    """
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
         self.signal: int | None = None
-        self._previous = {
-            number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.save_wanted = False
+        self._ranks = ranks or Ranks()
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self._previous = {number: signal.getsignal(number) for number in numbers}
 
     def __enter__(self) -> "Interrupt":
         for number in self._previous:
@@ -24,16 +32,24 @@ class Interrupt:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _remember(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
-        os.write(2, b"\nstopping after this step and saving; press Ctrl-C again to stop at once\n")
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self.save_wanted = True
+            return
+        self.signal = number
+        os.write(2, STOPPING)
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[signal.SIGINT])
+
+    def agree(self) -> bool:
+        """All ranks obey what any of them was told; returns whether a checkpoint was asked for since the last time."""
+        number, wanted = self._ranks.maxima([self.signal or 0, int(self.save_wanted)])
+        self.signal = number or None
+        self.save_wanted = False
+        return bool(wanted)
 
     def check(self) -> None:
         """Raises `Interrupted` if the user has asked to stop."""

@@ -1,6 +1,7 @@
 """A step's completions in the portions that go through the model at once."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,43 @@ class MicroBatch:
     rollout_logprob: Tensor | None  # [N]
     ref_logprob: Tensor | None = None  # [N]
     old_logprob: Tensor | None = None  # [N]; None while the policy is still the one that sampled
+    counts: bool = True  # False: only there because every rank must make the same number of passes
+
+    def halves(self) -> "list[MicroBatch]":
+        """The same completions as two micro-batches, if there are two."""
+        middle = len(self.advantage) // 2
+        parts = (slice(0, middle), slice(middle, len(self.advantage)))
+        return [self._rows(part) for part in parts] if middle else [self]
+
+    def _rows(self, rows: slice) -> "MicroBatch":
+        t, width = self.tokens, self.tokens.input_ids.shape[1]
+        first, last = (int(t.cu_seqlens[i]) for i in (rows.start, rows.stop))
+
+        def cut(per_token: Tensor | None) -> Tensor | None:
+            return None if per_token is None else per_token[first:last]
+
+        tokens = TokenBatch(
+            t.input_ids[rows],
+            t.predict[first:last] - rows.start * width,
+            t.token_ids[first:last],
+            t.cu_seqlens[rows.start : rows.stop + 1] - first,
+        )
+        per_token = (self.rollout_logprob, self.ref_logprob, self.old_logprob)
+        sampled, ref, old = map(cut, per_token)
+        return MicroBatch(tokens, self.advantage[rows], sampled, ref, old, self.counts)
+
+
+@dataclass(slots=True)
+class Portion:
+    """What one update of the policy trains on."""
+
+    batches: list[MicroBatch]
+    normalizer: Tensor  # 0-dim: D over the portion, all ranks included
+
+    def pad_to(self, passes: int, spare: MicroBatch) -> None:
+        """Adds passes that count for nothing, so that every rank makes as many."""
+        spare = replace(spare, counts=False)
+        self.batches += [replace(spare) for _ in range(passes - len(self.batches))]
 
 
 def split(
@@ -30,11 +68,12 @@ def split(
     drop_zero_advantage: bool,
     pad_id: int,
     device: torch.device,
+    rows: Sequence[int] | None = None,  # which completions; None: all
 ) -> list[MicroBatch]:
     """Micro-batches of at most `size` completions, similar lengths together."""
-    kept = list(range(len(rollout.lengths)))
+    kept = list(range(len(rollout.lengths)) if rows is None else rows)
     if drop_zero_advantage:
-        kept = advantage.nonzero()[:, 0].tolist()
+        kept = [i for i in kept if advantage[i] != 0]
     total = [len(rollout.prompt_ids[i]) + rollout.lengths[i] for i in kept]
     batches = []
     for group in micro_batches(total, size):
@@ -49,8 +88,10 @@ def split(
     return batches
 
 
-def denominator(rollout: Rollout, objective: Objective, device: torch.device) -> Tensor:
-    """D of the objective's reduction over the whole step, whatever the micro-batches and whoever is left out."""
-    offsets = torch.tensor([0, *rollout.lengths]).cumsum(0)
+def denominator(lengths: Sequence[int], objective: Objective, device: torch.device) -> Tensor:
+    """D of the objective's reduction over completions of these lengths and those of the other ranks, whatever the
+    micro-batches and whoever is left out.
+    """
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
     mask = torch.ones(int(offsets[-1]), dtype=torch.bool)
     return global_normalizer(mask, objective, cu_seqlens=offsets.int()).to(device)

@@ -30,6 +30,7 @@ class Sampler(Protocol):
     """Draws completions from the policy."""
 
     name: str
+    rng_state: Tensor  # of the generator that it draws from; can be set
 
     def refresh(self) -> None:
         """Take over the policy's present weights."""
@@ -43,3 +44,16 @@ class Sampler(Protocol):
         temperature: float,
     ) -> Rollout:
         """`num_samples` completions per prompt; temperature 0 takes the likeliest token."""
+
+
+def join(parts: Sequence[Rollout]) -> Rollout:
+    """Several rollouts as one."""
+    if len(parts) == 1:
+        return parts[0]
+    logprob = [part.logprob for part in parts]
+    return Rollout(
+        [ids for part in parts for ids in part.prompt_ids],
+        [ids for part in parts for ids in part.completion_ids],
+        None if None in logprob else [row for rows in logprob for row in rows or []],
+        [cut for part in parts for cut in part.truncated],
+    )

@@ -1,24 +1,36 @@
 """A whole job: make or load the base, measure it, train it, measure again, and leave the files of the run."""
 
+import contextlib
+import os
 import shutil
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from fastgrpo.trainer import closing, report, rundir
+from fastgrpo.trainer import closing, distributed, report, rundir
 from fastgrpo.trainer import sft as sft_module
 from fastgrpo.trainer.basecache import cache_folder, cache_key, load_base, store_base
+from fastgrpo.trainer.check_resume import check_resume
+from fastgrpo.trainer.checkpoint.contents import Unusable
+from fastgrpo.trainer.checkpoint.store import Store
+from fastgrpo.trainer.checkpointer import Checkpointer
 from fastgrpo.trainer.config import TrainConfig
 from fastgrpo.trainer.diagnostics import Diagnostics
-from fastgrpo.trainer.display import Display, make_display
+from fastgrpo.trainer.display import Display, SilentDisplay, make_display
+from fastgrpo.trainer.distributed import Ranks
 from fastgrpo.trainer.evaluate import Evaluation, evaluate
 from fastgrpo.trainer.interrupt import Interrupt, Interrupted
+from fastgrpo.trainer.opening import Opened
+from fastgrpo.trainer.passes import TrainingStopped
 from fastgrpo.trainer.recorder import Recorder
 from fastgrpo.trainer.result import Result
-from fastgrpo.trainer.settings import fail
+from fastgrpo.trainer.settings import SettingsError, fail
 from fastgrpo.trainer.setup import Run, make_run
+from fastgrpo.trainer.state import State
 from fastgrpo.trainer.tasks.base import Problem
 from fastgrpo.trainer.train import grpo
 
@@ -27,41 +39,61 @@ CURVE_QUESTIONS, CURVE_SAMPLES = 64, 4
 SFT_LOGGING_STEPS = 10
 
 
-def run_job(config: TrainConfig, out: Path, started: float) -> int:
-    """Runs the job and writes its files into `out`; returns the exit code."""
+def run_job(config: TrainConfig, opened: Opened, started: float) -> int:
+    """Runs the job and writes its files into the folder; returns the exit code."""
+    ranks = distributed.start(config.parallel, config.dead_rank_seconds)
     try:
-        run = make_run(config)
+        with opened.lock or contextlib.nullcontext():
+            code = _run(config, ranks, opened, started)
+        ranks.stop()
+    except BaseException as error:
+        if ranks.heartbeat is not None:
+            traceback.print_exc()
+            ranks.heartbeat.failed(error)
+        raise
+    return code
+
+
+def _run(config: TrainConfig, ranks: Ranks, opened: Opened, started: float) -> int:
+    out = opened.folder
+    try:
+        run = make_run(config, ranks)
     except ValueError as error:
-        rundir.release(out)
+        if ranks.is_main and not opened.resume:
+            rundir.release(out)
         return fail(error)
     result = Result(asdict(config))
     result.seconds["load"] = time.time() - started
-    display = make_display()
-    code = 0
-    with Recorder(out / rundir.METRICS) as recorder, Interrupt() as interrupt:
+    display = make_display() if ranks.is_main else SilentDisplay()
+    metrics = out / rundir.METRICS if ranks.is_main else Path(os.devnull)
+    with (
+        Recorder(metrics, resume=opened.resume and ranks.is_main) as recorder,
+        Interrupt(ranks) as interrupt,
+    ):
         job = Job(run, out, result, recorder, display, interrupt)
         try:
-            job.make_base()
-            result.base = job.measure("base")
-            job.train()
-            result.final = job.measure("final")
-        except Interrupted:
-            code = interrupt.exit_code
-            result.stopped = (
-                f"Stopped by the user in phase {job.phase!r}, after {job.steps_done} GRPO steps."
-            )
+            code = job.go(opened)
+        except (Unusable, SettingsError) as error:
+            return fail(error)
         finally:
             display.close()
-    save_model(run, out)
-    result.records = recorder.records
+    if ranks.is_main and not config.check_resume:
+        save_model(run, out)
+        result.records = recorder.records
+        finish(run, out, result, started)
+    ranks.wait()
+    return code
+
+
+def finish(run: Run, out: Path, result: Result, started: float) -> None:
+    """Report, summary and closing words."""
     result.wall_s, result.cpu_s = time.time() - started, time.process_time()
     result.words = closing.words(run.task, result)
-    if config.report:
+    if run.config.report:
         write_report(result, out)
     result.wall_s, result.cpu_s = time.time() - started, time.process_time()
     rundir.write_json(out / rundir.SUMMARY, result.summary())
     print(closing.text(result, out), flush=True)
-    return code
 
 
 class Job:
@@ -83,7 +115,72 @@ class Job:
         self.display = display
         self.interrupt = interrupt
         self.phase = "start"
-        self.steps_done = 0
+        self.keeper: Checkpointer | None = None
+
+    @property
+    def steps_done(self) -> int:
+        """GRPO steps, those before an interruption included."""
+        return 0 if self.keeper is None else self.keeper.state.step
+
+    def go(self, opened: Opened) -> int:
+        """All phases, from the beginning or from a checkpoint; returns the exit code."""
+        try:
+            if not (opened.resume and has_checkpoints(opened)):
+                self.make_base()
+            if self.run.config.check_resume:
+                return check_resume(self.run, self.display.note)
+            self.keeper = Checkpointer(State(self.run), opened, self.display.note)
+            self.take_up(self.keeper.resume())
+            if self.result.base is None:
+                self.result.base = self.measure("base")
+            self.safe_point()
+            self.train()
+            self.result.final = self.measure("final")
+            self.safe_point()
+        except Interrupted:
+            saved = self.save()
+            self.result.stopped = (
+                f"Stopped by the user in phase {self.phase!r}, after {self.steps_done} GRPO steps. "
+                + (f"To go on: fastgrpo train --resume {self.out}" if saved else "")
+            )
+            return self.interrupt.exit_code
+        except TrainingStopped as error:
+            self.result.stopped = str(error)
+            return 1
+        return 0
+
+    def take_up(self, progress: dict[str, Any] | None) -> None:
+        """What a checkpoint knew of the run beyond its state; None: the run begins."""
+        if self.run.config.resume != "never" and self.run.ranks.is_main:
+            self.recorder.rewind(0 if progress is None else progress["metrics_bytes"])
+        if progress is None:
+            return
+        self.result.seconds |= progress["seconds"]
+        self.result.notes = progress["notes"]
+        if progress["base"] is not None:
+            self.result.base = Evaluation.of(progress["base"])
+
+    def save(self) -> Path | None:
+        """A checkpoint of the present state; None if there is none yet, or it could not be written."""
+        if self.keeper is None:
+            return None
+        base = self.result.base
+        return self.keeper.save(
+            {
+                "metrics_bytes": self.recorder.sync(),
+                "seconds": dict(self.result.seconds),
+                "notes": list(self.result.notes),
+                "base": None if base is None else asdict(base),
+            }
+        )
+
+    def safe_point(self) -> None:
+        """Obeys signals: the state can be saved here."""
+        if self.interrupt.agree():
+            path = self.save()
+            if path is not None:
+                self.display.note(f"saved {path}")
+        self.interrupt.check()
 
     def begin(self, phase: str, total: int) -> None:
         """A phase of `total` steps."""
@@ -96,6 +193,11 @@ class Job:
 
     def make_base(self) -> None:
         """Fine-tunes the random weights on demonstrations, or loads what an earlier run has made of them."""
+        if self.run.ranks.is_main:
+            self._make_base()
+        self.run.ranks.broadcast(self.run.policy.model)
+
+    def _make_base(self) -> None:
         run, config = self.run, self.run.config
         if config.model_name_or_path is not None or config.sft_steps == 0:
             return
@@ -114,15 +216,16 @@ class Job:
             self.display.advance(step, f"loss {loss:.3f}")
             if step % SFT_LOGGING_STEPS == 0 or step == config.sft_steps:
                 self.recorder.write("sft", step, {"loss": loss})
-            self.interrupt.check()
+            if run.ranks.world_size == 1:
+                self.interrupt.check()
         self.spend("make base (SFT)", time.perf_counter() - begun)
         if folder is not None:
             store_base(run.policy.model, folder, key)
 
     def measure(self, name: str) -> Evaluation | None:
-        """The full evaluation on the test questions."""
+        """The full evaluation on the test questions, by the first process."""
         config = self.run.config
-        if config.eval_questions == 0:
+        if config.eval_questions == 0 or not self.run.ranks.is_main:
             return None
         problems = self.run.held_out("test", config.eval_questions)
         self.begin(f"test {name}", len(problems))
@@ -136,7 +239,8 @@ class Job:
     ) -> Evaluation:
         def on_progress(done: int, _: int) -> None:
             show(done)
-            self.interrupt.check()
+            if self.run.ranks.world_size == 1:
+                self.interrupt.check()
 
         begun = time.perf_counter()
         run, config = self.run, self.run.config
@@ -154,12 +258,14 @@ class Job:
         return evaluation
 
     def train(self) -> None:
-        """GRPO, with a small evaluation now and then."""
+        """GRPO, with a small evaluation and a checkpoint now and then."""
         config, diagnostics = self.run.config, Diagnostics(self.run.config)
-        self.curve_point(0)
+        assert self.keeper is not None
+        state = self.keeper.state
+        self.curve_point(state.step)
         self.begin("grpo", config.max_steps)
-        for done, step in enumerate(grpo(self.run), 1):
-            self.steps_done = done
+        for step in grpo(self.run, state, self.safe_point):
+            done = state.step
             for name in ("generate", "score", "reference", "train"):
                 self.spend(name, step.numbers.get(f"time/{name}", 0.0))
             if done % config.logging_steps == 0 or done == config.max_steps:
@@ -168,18 +274,27 @@ class Job:
             for advice in diagnostics.advice(step.numbers):
                 self.result.notes.append(f"Step {done}: {advice}")
                 self.display.note(f"  note: {advice}")
-            self.interrupt.check()
-            if config.eval_steps and done % config.eval_steps == 0:
-                self.curve_point(done)
+            self.safe_point()
+            self.curve_point(done)
+            if config.save_steps and (done % config.save_steps == 0 or done == config.max_steps):
+                self.save()
+        self.spend("checkpoints", self.keeper.seconds)
 
     def curve_point(self, step: int) -> None:
-        """A small evaluation on validation questions."""
-        if self.run.config.eval_steps:
+        """A small evaluation on validation questions, unless it is not due or was made before an interruption."""
+        every = self.run.config.eval_steps
+        made = any(record["step"] == step for record in self.recorder.of("eval"))
+        if every and step % every == 0 and not made and self.run.ranks.is_main:
             problems = self.run.held_out("validation", CURVE_QUESTIONS)
             evaluation = self._evaluate(problems, CURVE_SAMPLES)
             self.recorder.write(
                 "eval", step, evaluation.scores | {"mean_length": evaluation.mean_length}
             )
+
+
+def has_checkpoints(opened: Opened) -> bool:
+    """Whether the run can go on from something, so that no base has to be made."""
+    return opened.source is not None or bool(Store(opened.folder / rundir.CHECKPOINTS, 0).names())
 
 
 def sources(run: Run) -> list[ModuleType]:
@@ -195,8 +310,10 @@ def save_model(run: Run, out: Path) -> None:
     """Model and tokenizer as `from_pretrained` reads them, whole or not at all."""
     draft = out / f".{rundir.MODEL}"
     shutil.rmtree(draft, ignore_errors=True)
-    run.policy.model.save_pretrained(draft)
+    model = run.policy.model if run.sampled is None else run.sampled
+    model.save_pretrained(draft)
     run.tokenizer.save_pretrained(draft)
+    shutil.rmtree(out / rundir.MODEL, ignore_errors=True)  # of an earlier end of the same run
     draft.rename(out / rundir.MODEL)
 
 

@@ -9,14 +9,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-CONFIG, METRICS, SUMMARY, REPORT, MODEL = (
+CONFIG, METRICS, SUMMARY, REPORT, MODEL, CHECKPOINTS = (
     "config.yaml",
     "metrics.jsonl",
     "summary.json",
     "report.html",
     "model",
+    "checkpoints",
 )
-OWN_FILES = (CONFIG, METRICS, SUMMARY, REPORT, MODEL)
+LOCK = ".lock"
+OWN_FILES = (CONFIG, METRICS, SUMMARY, REPORT, MODEL, CHECKPOINTS)
 
 
 class RunDirError(ValueError):
@@ -37,7 +39,7 @@ def claim(output_dir: str | None, name: str, config_yaml: str, overwrite: bool) 
     if held and not overwrite:
         raise RunDirError(
             f"output_dir {path} holds another run ({', '.join(held)}): "
-            "choose another, or pass --overwrite to replace it"
+            "choose another, or pass --resume auto to go on with it, or --overwrite to replace it"
         )
     for file in held:
         target = path / file
@@ -77,7 +79,8 @@ def _take(path: Path, config_yaml: str) -> bool:
 
 def release(path: Path) -> None:
     """Gives back a folder that nothing but the config was written to."""
-    (path / CONFIG).unlink(missing_ok=True)
+    for name in (CONFIG, LOCK):
+        (path / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         path.rmdir()
 
@@ -86,7 +89,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file in one piece: readers see the old one or the new one."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         file.write(text)
-    Path(file.name).chmod(0o644)
+    Path(file.name).chmod(0o600)
     Path(file.name).replace(path)
 
 

@@ -45,6 +45,15 @@ class KVSampler:
         self.device = self.decoder.embedding.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
+    @property
+    def rng_state(self) -> Tensor:
+        """State of the generator behind every draw."""
+        return self.generator.get_state()
+
+    @rng_state.setter
+    def rng_state(self, state: Tensor) -> None:
+        self.generator.set_state(state)
+
     def refresh(self) -> None:
         """Take over the policy's present weights."""
         self.decoder.refresh()
@@ -127,6 +136,19 @@ class TransformersSampler:
         self.model: Any = model
         self.eos_id = eos_id
         self.pad_id = pad_id
+
+    @property
+    def rng_state(self) -> Tensor:
+        """State of the device's global generator, from which `generate` draws."""
+        on_gpu = self.model.device.type == "cuda"
+        return torch.cuda.get_rng_state(self.model.device) if on_gpu else torch.get_rng_state()
+
+    @rng_state.setter
+    def rng_state(self, state: Tensor) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.set_rng_state(state, self.model.device)
+        else:
+            torch.set_rng_state(state)
 
     def refresh(self) -> None:
         """Nothing to do: it samples from the policy's own weights."""

@@ -22,7 +22,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     """Options of `fastgrpo train [JOB] [--config FILE] [--option value ...]`; later ones win, flags beat the file."""
     rest = list(arguments)
     job = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    path = _take_option(rest, "--config")
+    path = _take_option(rest, "--config") or _config_of_resumed(rest)
     if path is not None:
         options = read_yaml(path)
         job = job or options.pop("job", None)
@@ -86,6 +86,17 @@ def describe(config: TrainConfig) -> str:
             line = ""
         line += f"  {word}"
     return "\n".join([*lines, line])
+
+
+def _config_of_resumed(arguments: Sequence[str]) -> str | None:
+    """The options of the run that `--resume PATH` goes on with: then nothing else need be said."""
+    path = _take_option(list(arguments), "--resume")
+    if path in (None, "auto", "never"):
+        return None
+    for folder in (Path(path), Path(path).parent.parent):
+        if (folder / "config.yaml").is_file():
+            return str(folder / "config.yaml")
+    return None
 
 
 def _as_flags(options: dict[str, Any]) -> list[str]:

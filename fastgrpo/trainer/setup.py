@@ -3,7 +3,7 @@
 import ctypes
 import platform
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo.trainer.config import TrainConfig
+from fastgrpo.trainer.distributed import Ranks
 from fastgrpo.trainer.jobs import make_task
 from fastgrpo.trainer.policy import Policy
 from fastgrpo.trainer.rollout import Sampler
@@ -35,11 +36,13 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
     device: torch.device
+    ranks: Ranks = field(default_factory=Ranks)
+    sampled: Any = None  # the model that samplers read, where it is not the policy's own (FSDP2)
 
     def sampler(self, seed: int) -> Sampler:
         """A sampler of the present policy with random numbers of its own."""
         return make_sampler(
-            self.policy.model,
+            self.policy.model if self.sampled is None else self.sampled,
             kind=self.config.sampler,
             eos_id=self.tokenizer.eos_token_id,
             pad_id=self.tokenizer.pad_token_id,
@@ -51,7 +54,7 @@ class Run:
         return self.task.sample(split, random.Random(f"{split} {self.config.seed}"), n)
 
 
-def make_run(config: TrainConfig) -> Run:
+def make_run(config: TrainConfig, ranks: Ranks | None = None) -> Run:
     """Task, tokenizer, model and sampler; the model has random weights unless the options name one."""
     disable_progress_bar()  # the run has its own
     torch.set_num_threads(config.threads)
@@ -69,7 +72,7 @@ def make_run(config: TrainConfig) -> Run:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
     policy = Policy(model.to(device), config.temperature).eval()  # no dropout: the sampler has none
-    return Run(config, task, tokenizer, policy, device)
+    return Run(config, task, tokenizer, policy, device, ranks or Ranks())
 
 
 def existing_folder(name: str) -> str:

@@ -41,7 +41,9 @@ def sft(
     )
     device = next(model.parameters()).device
     for step, batch in enumerate(demonstrations(task, tokenizer, config)):
-        factor = learning_rate_factor("linear", step, int(DECAYED_AT * config.sft_steps), WARMUP_STEPS)
+        factor = learning_rate_factor(
+            "linear", step, int(DECAYED_AT * config.sft_steps), WARMUP_STEPS
+        )
         for group in optimizer.param_groups:
             group["lr"] = peak * (FINAL_FACTOR + (1 - FINAL_FACTOR) * factor)
         loss = -policy(batch.to(device)).mean()

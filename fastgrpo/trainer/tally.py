@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch import Tensor
 from fastgrpo.advantages import GroupAdvantage
 from fastgrpo.losses import PolicyLoss
 from fastgrpo.metrics import Metrics
+from fastgrpo.spec import METRICS
+from fastgrpo.trainer.distributed import Ranks
 from fastgrpo.trainer.microbatch import MicroBatch
-from fastgrpo.trainer.rollout import Rollout
 
 
 class Tally:
@@ -20,6 +22,49 @@ class Tally:
         self.metrics: Metrics | None = None
         self.loss: Tensor | float = 0.0
         self.gaps: list[Tensor] = []
+
+    def merge(self, other: "Tally") -> None:
+        """Takes in all that another tally has."""
+        if other.metrics is not None:
+            mine = self.metrics
+            self.metrics = other.metrics if mine is None else mine.merge(other.metrics)
+        self.loss = self.loss + other.loss
+        self.gaps += other.gaps
+
+    def state(self) -> dict[str, Any]:
+        """All of it, for a checkpoint."""
+        m = self.metrics
+        return {
+            "metrics": None if m is None else (m.data, m.names),
+            "loss": self.loss,
+            "gaps": self.gaps,
+        }
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Tally":
+        """The inverse of `state`."""
+        tally = cls()
+        if state["metrics"] is not None:
+            tally.metrics = Metrics(*state["metrics"])
+        tally.loss, tally.gaps = state["loss"], state["gaps"]
+        return tally
+
+    def over_ranks(self, ranks: Ranks) -> "Tally":
+        """The tally of all ranks together; the loss of each is divided by D / world_size."""
+        if ranks.world_size == 1 or max(ranks.maxima([self.metrics is not None])) == 0:
+            return self
+        whole = Tally()
+        data = torch.zeros(len(METRICS), 4, dtype=torch.float64)
+        data[:, 2:] = torch.tensor([torch.inf, -torch.inf])
+        mine = Metrics(data) if self.metrics is None else self.metrics
+        whole.metrics = Metrics(mine.data.cpu(), mine.names).all_reduce()
+        loss = torch.as_tensor(self.loss, dtype=torch.float64)
+        whole.loss = ranks.sum(loss) / ranks.world_size
+        gap = torch.cat(self.gaps).cpu() if self.gaps else torch.zeros(0)
+        sizes = [told["n"] for told in ranks.share({"n": len(gap)})]
+        if max(sizes):
+            whole.gaps = [ranks.rows(gap, sizes)]
+        return whole
 
     def add(self, result: PolicyLoss, batch: MicroBatch) -> None:
         """Takes in one micro-batch; on-policy ones also compare the trainer's log-probabilities with the sampler's."""
@@ -77,10 +122,9 @@ def reward_numbers(
     return {name: float(value) for name, value in numbers.items()}
 
 
-def length_numbers(rollout: Rollout) -> dict[str, float]:
+def length_numbers(lengths: Sequence[int], truncated: Sequence[bool]) -> dict[str, float]:
     """Lengths of completions, and the share that was cut at the maximum."""
-    lengths = rollout.lengths
-    ended = [n for n, cut in zip(lengths, rollout.truncated, strict=True) if not cut]
+    ended = [n for n, cut in zip(lengths, truncated, strict=True) if not cut]
     return {
         "completions/mean_length": fmean(lengths),
         "completions/min_length": min(lengths),

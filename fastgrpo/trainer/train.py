@@ -11,22 +11,24 @@ that is trained is the policy that sampled: the ratio is exactly 1 and no pass f
 log-probabilities are kept as the old ones of later updates.
 """
 
-import copy
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from fastgrpo.objective import Objective
 from fastgrpo.trainer.algorithm import learning_rate_factor, make_advantage, make_objective
 from fastgrpo.trainer.clock import Clock
-from fastgrpo.trainer.microbatch import denominator, split
+from fastgrpo.trainer.passes import backward, skip_or_stop
+from fastgrpo.trainer.portions import divide
 from fastgrpo.trainer.rewards import score
 from fastgrpo.trainer.rollout import Rollout
 from fastgrpo.trainer.setup import Run
-from fastgrpo.trainer.tally import Tally, length_numbers, reward_numbers
-from fastgrpo.trainer.text import decode, encode_prompts
+from fastgrpo.trainer.state import Scored, State, grad_norm_
+from fastgrpo.trainer.tally import length_numbers, reward_numbers
+from fastgrpo.trainer.text import decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,99 +40,99 @@ class Step:
     numbers: dict[str, float]
 
 
-def grpo(run: Run) -> Iterator[Step]:
-    """Trains `run.policy` in place; yields after every step."""
-    config, policy, task, tokenizer = run.config, run.policy, run.task, run.tokenizer
+def grpo(
+    run: Run, state: State | None = None, safe_point: Callable[[], None] = lambda: None
+) -> Iterator[Step]:
+    """Trains `run.policy` in place; yields after every step. At each `safe_point` the state can be saved."""
+    config = run.config
     objective = make_objective(config)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
-    rewards = task.rewards(tokenizer.eos_token_id)
-    sampler = run.sampler(config.seed)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-    )
-    num_tokens = 0
-    for step in range(config.max_steps):
-        clock, tally = Clock(), Tally()
-        rng = random.Random(
-            f"grpo {config.seed} {step}"
-        )  # a step's questions depend on nothing else
-        problems = task.sample("train", rng, config.prompts_per_step)
-        rollout = sampler.sample(
-            encode_prompts(tokenizer, [problem.prompt for problem in problems]),
-            num_samples=config.num_generations,
-            max_new_tokens=config.max_completion_length,
-            temperature=config.temperature,
-        )
-        clock.lap("generate")
-
-        completions = decode(tokenizer, rollout.completion_ids)
-        asked = [problem for problem in problems for _ in range(config.num_generations)]
-        reward = score(rewards, asked, completions, rollout.completion_ids)
-        advantage = make_advantage(reward, config)
-        clock.lap("score")
-
-        normalizer = denominator(rollout, objective, run.device)
-        batches = split(
-            rollout,
-            advantage.advantage,
-            size=config.per_device_train_batch_size,
-            drop_zero_advantage=config.drop_zero_advantage or config.beta == 0,
-            pad_id=tokenizer.pad_token_id,
-            device=run.device,
-        )
-        if reference is not None:
-            with torch.no_grad():
-                for batch in batches:
-                    batch.ref_logprob = reference(batch.tokens)
-            clock.lap("reference")
-
+    state = state or State(run)
+    while state.step < config.max_steps:
+        clock = Clock()
+        if state.scored is None:
+            state.scored = sample(state, objective, clock)
+            safe_point()
+        scored = state.scored
         factor = learning_rate_factor(
-            config.lr_scheduler_type, step, config.max_steps, config.warmup_steps
+            config.lr_scheduler_type, state.step, config.max_steps, config.warmup_steps
         )
-        for group in optimizer.param_groups:
+        for group in state.optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
-        for _ in range(config.num_iterations):
-            optimizer.zero_grad(set_to_none=False)  # without any gradient Adam still moves on
-            for batch in batches:
-                result = policy(
-                    batch.tokens,
-                    advantage=batch.advantage,
-                    old_logprob=batch.old_logprob,
-                    ref_logprob=batch.ref_logprob,
-                    objective=objective,
-                    normalizer=normalizer,
-                )
-                result.loss.backward()
-                tally.add(result, batch)
-                if batch.old_logprob is None:
-                    batch.old_logprob = result.logprob
-            grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-            optimizer.step()
-        if (
-            reference is not None
-            and config.ref_sync_steps
-            and (step + 1) % config.ref_sync_steps == 0
-        ):
-            reference.load_state_dict(policy.state_dict())
-        sampler.refresh()
+        while scored.update < state.updates:
+            update(state, scored, objective)
+            clock.lap("train")
+            safe_point()
+        if config.ref_sync_steps and (state.step + 1) % config.ref_sync_steps == 0:
+            state.renew_reference()
+        state.publish()
+        state.num_tokens += scored.num_tokens
+        state.scored = None
+        state.step += 1
         clock.lap("train")
+        numbers = {
+            "grad_norm": scored.grad_norm,
+            "learning_rate": config.learning_rate * factor,
+            "frac_trained": scored.num_trained / sum(state.counts),
+            "num_tokens": state.num_tokens,
+            "skipped_updates": scored.skipped,
+            "step_time": clock.total,
+        }
+        losses = scored.tally.over_ranks(run.ranks).losses(with_kl=state.reference is not None)
+        times = {f"time/{name}": seconds for name, seconds in clock.laps.items()}
+        yield Step(scored.completions, scored.rollout, scored.numbers | losses | numbers | times)
 
-        num_tokens += sum(rollout.lengths) + sum(map(len, rollout.prompt_ids))
-        trained = sum(len(batch.advantage) for batch in batches)
-        yield Step(
-            completions,
-            rollout,
-            reward_numbers(list(rewards), reward, advantage, config.num_generations)
-            | length_numbers(rollout)
-            | tally.losses(with_kl=reference is not None)
-            | {
-                "grad_norm": float(grad_norm),
-                "learning_rate": config.learning_rate * factor,
-                "frac_trained": trained / len(completions),
-                "num_tokens": num_tokens,
-                "step_time": clock.total,
-            }
-            | {f"time/{name}": seconds for name, seconds in clock.laps.items()},
-        )
+
+def sample(state: State, objective: Objective, clock: Clock) -> Scored:
+    """Questions, completions, rewards, advantages, and what the loss needs to know of other policies."""
+    run, config = state.run, state.run.config
+    rng = random.Random(f"grpo {config.seed} {state.step}")  # questions depend on nothing else
+    problems = run.task.sample("train", rng, config.prompts_per_step)
+    rollout = state.sample(problems)
+    clock.lap("generate")
+
+    asked = [problems[i] for k in sorted(state.streams) for i in state.questions(k)]
+    asked = [problem for problem in asked for _ in range(config.num_generations)]
+    completions = decode(run.tokenizer, rollout.completion_ids)
+    rewards = run.task.rewards(run.tokenizer.eos_token_id)
+    mine = score(rewards, asked, completions, rollout.completion_ids)
+    reward = run.ranks.rows(mine, state.counts)
+    facts = [rollout.lengths, rollout.truncated, [len(ids) for ids in rollout.prompt_ids]]
+    lengths, truncated, prompt = run.ranks.rows(torch.tensor(facts).T, state.counts).T.tolist()
+    advantage = make_advantage(reward, config)
+    clock.lap("score")
+
+    drop = config.drop_zero_advantage or config.beta == 0
+    portions = divide(state, rollout, objective, state.share_of(advantage), drop)
+    with torch.no_grad():
+        for number, portion in enumerate(portions):
+            for batch in portion.batches:
+                if state.reference is not None:
+                    batch.ref_logprob = state.reference(batch.tokens)
+                if number:  # by then the policy will not be the one that sampled
+                    batch.old_logprob = run.policy(batch.tokens)
+    if state.reference is not None or len(portions) > 1:
+        clock.lap("reference")
+    return Scored(
+        rollout,
+        completions,
+        portions,
+        reward_numbers(list(rewards), reward, advantage, config.num_generations)
+        | length_numbers(lengths, truncated),
+        num_trained=int(advantage.advantage.count_nonzero()) if drop else len(lengths),
+        num_tokens=sum(lengths) + sum(prompt),
+    )
+
+
+def update(state: State, scored: Scored, objective: Objective) -> None:
+    """One step of the optimizer on one portion of the batch."""
+    portion = scored.portions[scored.update % len(scored.portions)]
+    state.optimizer.zero_grad(set_to_none=False)  # without any gradient Adam still moves on
+    tally = backward(state, portion, objective)
+    scored.grad_norm = grad_norm_(state.run.policy, state.run.config.max_grad_norm)
+    scored.update += 1
+    scored.tally.merge(tally)
+    if math.isfinite(scored.grad_norm) and math.isfinite(float(tally.loss)):
+        state.optimizer.step()
+        state.bad_updates = 0
+    else:
+        skip_or_stop(state, scored)

@@ -82,7 +82,7 @@ def test_a_run_leaves_everything(story_run):
     assert "runs/story/report.html" in out
     assert "It elicits" in out or "Training did not raise" in out
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.yaml", "metrics.jsonl", "model", "report.html", "summary.json",
+        ".lock", "checkpoints", "config.yaml", "metrics.jsonl", "model", "report.html", "summary.json",
     ]  # fmt: skip
 
 

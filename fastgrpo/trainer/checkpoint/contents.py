@@ -1,0 +1,255 @@
+"""What a checkpoint of a run consists of, and how a run takes it up again.
+
+model.safetensors, config.json, tokenizer ...   the policy, as `from_pretrained` reads it
+reference, optimizer                            the reference's weights; AdamW's moments and step counts
+rank-R                                          random numbers and the sampled batch of process R, cursor included
+trainer                                         place in the run, options, what has been reported so far
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from fastgrpo.trainer.batch import TokenBatch
+from fastgrpo.trainer.checkpoint import rng, tree
+from fastgrpo.trainer.checkpoint.store import BETWEEN_STEPS, Checkpoint, Position
+from fastgrpo.trainer.config import TrainConfig
+from fastgrpo.trainer.distributed import full, like
+from fastgrpo.trainer.microbatch import MicroBatch, Portion
+from fastgrpo.trainer.rollout import Rollout
+from fastgrpo.trainer.setup import Run
+from fastgrpo.trainer.state import Scored, State
+from fastgrpo.trainer.tally import Tally
+
+FREE = {
+    "output_dir", "overwrite", "threads", "cache_base", "max_steps", "eval_questions",
+    "eval_samples", "eval_temperature", "eval_steps", "save_steps", "save_total_limit", "resume",
+    "check_resume", "max_bad_steps", "parallel", "sampling_streams", "dead_rank_seconds",
+    "logging_steps", "report", "completions_to_show",
+}  # fmt: skip
+"""Options that a resumed run may change and still be the same run."""
+
+
+class Unusable(ValueError):
+    """A whole checkpoint that does not fit this run; the text says where."""
+
+
+def position(state: State) -> Position:
+    """Where a state stands."""
+    return state.step, BETWEEN_STEPS if state.scored is None else state.scored.update
+
+
+def model_files(run: Run) -> list[tuple[str, bytes]]:
+    """Config and tokenizer: with model.safetensors beside them a checkpoint is a folder for `from_pretrained`."""
+    with tempfile.TemporaryDirectory() as name:
+        run.policy.model.config.save_pretrained(name)
+        run.tokenizer.save_pretrained(name)
+        return [(path.name, path.read_bytes()) for path in sorted(Path(name).iterdir())]
+
+
+def contents(
+    state: State, progress: dict[str, Any], extra: list[tuple[str, bytes]]
+) -> Iterator[tuple[str, bytes]]:
+    """The files of this rank, one after the other; rank 0 has those that all ranks share."""
+    main = state.run.ranks.is_main
+    weights = gathered(state.run.policy.model)
+    if main:
+        yield from extra
+        yield "model.safetensors", save(tree.flatten(weights)[0], metadata={"format": "pt"})
+    del weights
+    if state.reference is not None:
+        weights = gathered(state.reference)
+        if main:
+            yield "reference.safetensors", save(tree.flatten(weights)[0])
+        del weights
+    optimizer = whole(state.optimizer.state_dict())
+    if main:
+        yield from _part("optimizer", optimizer)
+    del optimizer
+    yield from _part(f"rank-{state.run.ranks.rank}", rank_state(state))
+    if main:
+        yield from _part("trainer", trainer_state(state) | {"progress": progress})
+
+
+def _part(name: str, value: Any) -> Iterator[tuple[str, bytes]]:
+    tensors, text = tree.encode(value, name)
+    yield f"{name}.safetensors", tensors
+    yield f"{name}.json", text
+
+
+def gathered(module: nn.Module) -> dict[str, Tensor]:
+    """All weights, of sharded ones the whole."""
+    return {name: full(tensor) for name, tensor in module.state_dict().items()}
+
+
+def whole(value: Any) -> Any:
+    """Nested state with sharded tensors made whole."""
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole(item) for item in value)
+    return full(value) if isinstance(value, Tensor) else value
+
+
+def all_finite(module: nn.Module) -> bool:
+    """Whether no weight that this rank has is NaN or infinite."""
+    local = [getattr(p, "_local_tensor", p) for p in module.parameters()]
+    return all(bool(torch.isfinite(p).all()) for p in local)
+
+
+def trainer_state(state: State) -> dict[str, Any]:
+    """The place in the run."""
+    with_grad = [n for n, p in state.run.policy.named_parameters() if p.grad is not None]
+    return {
+        "step": state.step,
+        "num_tokens": state.num_tokens,
+        "bad_updates": state.bad_updates,
+        "micro_batch_size": state.micro_batch_size,
+        "num_streams": state.num_streams,
+        "with_grad": with_grad,
+        "config": asdict(state.run.config),
+        "data": fingerprint(state.run.config),
+    }
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """SHA-256 of the user's data files."""
+    digest = hashlib.sha256()
+    for path in (config.data, config.test_data):
+        digest.update(b"-" if path is None else hashlib.sha256(Path(path).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def rank_state(state: State) -> dict[str, Any]:
+    """Random numbers and the sampled batch of this process."""
+    scored = state.scored
+    return {
+        "rng": rng.capture(),
+        "streams": state.streams,
+        "scored": None if scored is None else _scored_state(scored),
+    }
+
+
+def _values(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+def _scored_state(scored: Scored) -> dict[str, Any]:
+    portions = [
+        {
+            "batches": [_values(b) | {"tokens": _values(b.tokens)} for b in portion.batches],
+            "normalizer": portion.normalizer,
+        }
+        for portion in scored.portions
+    ]
+    rollout, tally = _values(scored.rollout), scored.tally.state()
+    return _values(scored) | {"rollout": rollout, "portions": portions, "tally": tally}
+
+
+def _scored_of(stored: dict[str, Any], device: torch.device) -> Scored:
+    portions = [
+        Portion([_batch_of(b, device) for b in p["batches"]], p["normalizer"].to(device))
+        for p in stored["portions"]
+    ]
+    rollout, tally = Rollout(**stored["rollout"]), Tally.of(stored["tally"])
+    return Scored(**stored | {"rollout": rollout, "portions": portions, "tally": tally})
+
+
+def _batch_of(stored: dict[str, Any], device: torch.device) -> MicroBatch:
+    def there(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    moved = {name: there(value) for name, value in stored.items() if name != "tokens"}
+    return MicroBatch(tokens=TokenBatch(**stored["tokens"]).to(device), **moved)
+
+
+@torch.no_grad()
+def restore(state: State, checkpoint: Checkpoint, note: Callable[[str], None]) -> dict[str, Any]:
+    """Puts a fresh state where the checkpoint was saved; returns its `progress`.
+
+    Raises:
+        Unusable: Another model, options without which it cannot be continued, or another number of processes.
+    """
+    run = state.run
+    stored = checkpoint.part("trainer")
+    compare(stored, run.config, note)
+    put(run.policy.model, load(checkpoint.tensors("model")), "model")
+    if state.reference is not None:
+        if not checkpoint.has("reference"):
+            raise Unusable("it has no reference: it was saved with beta = 0")
+        put(state.reference, load(checkpoint.tensors("reference")), "reference")
+    optimizer = checkpoint.part("optimizer")
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    for index, moments in optimizer["state"].items():
+        for name, tensor in moments.items():
+            if tensor.dim():
+                moments[name] = like(tensor, parameters[index])
+    state.optimizer.load_state_dict(optimizer)
+    for name, parameter in run.policy.named_parameters():
+        if name in stored["with_grad"]:  # zero_grad makes zeros of them, and Adam moves on
+            parameter.grad = torch.zeros_like(parameter)
+    for name in ("step", "num_tokens", "bad_updates"):
+        setattr(state, name, stored[name])
+    if run.config.per_device_train_batch_size == stored["config"]["per_device_train_batch_size"]:
+        state.micro_batch_size = stored["micro_batch_size"]
+    _restore_rank(state, checkpoint, stored["num_streams"])
+    state.publish()
+    progress: dict[str, Any] = stored["progress"]
+    return progress
+
+
+def _restore_rank(state: State, checkpoint: Checkpoint, num_streams: int) -> None:
+    ranks, before = state.run.ranks, checkpoint.world_size
+    if num_streams < ranks.world_size:
+        raise Unusable(
+            f"it has {num_streams} sampling streams, too few for {ranks.world_size} processes "
+            "(start long runs with --sampling-streams)"
+        )
+    everyone = [checkpoint.part(f"rank-{r}") for r in range(before)]
+    streams = {k: s for stored in everyone for k, s in stored["streams"].items()}
+    state.num_streams = num_streams
+    state.streams = {k: streams[k] for k in ranks.span(num_streams)}
+    if checkpoint.position[1] != BETWEEN_STEPS:
+        if ranks.world_size != before:
+            raise Unusable(
+                f"it was saved in the middle of a step by {before} processes, and there are {ranks.world_size}"
+            )
+        state.scored = _scored_of(everyone[ranks.rank]["scored"], state.run.device)
+    rng.restore(everyone[ranks.rank if ranks.rank < before else 0]["rng"])
+
+
+def put(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    """Copies stored weights into a module, sharded or not; of tied ones the checkpoint may have only one."""
+    own = module.state_dict()
+    in_place = {_memory(own[name]): tensor for name, tensor in weights.items() if name in own}
+    for name, tensor in own.items():
+        source = weights.get(name, in_place.get(_memory(tensor)))
+        if source is None or source.shape != tensor.shape:
+            found = "is missing" if source is None else f"has shape {tuple(source.shape)}"
+            raise Unusable(f"{what}: {name} {found}, expected {tuple(tensor.shape)}")
+        tensor.copy_(like(source.to(tensor.dtype), tensor))
+
+
+def _memory(tensor: Tensor) -> tuple[int, torch.Size]:
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local.data_ptr(), tensor.shape
+
+
+def compare(stored: dict[str, Any], config: TrainConfig, note: Callable[[str], None]) -> None:
+    """Says which options differ from those of the checkpoint: then the run is another one from here on."""
+    before = stored["config"]
+    free = FREE - ({"max_steps"} if config.lr_scheduler_type != "constant" else set())
+    for name, value in asdict(config).items():
+        if name not in free and before.get(name, value) != value:
+            if name in ("job", "model_name_or_path"):
+                raise Unusable(f"{name} was {before[name]!r}, now {value!r}")
+            note(f"note: {name} was {before[name]!r} when the checkpoint was saved, now {value!r}")
+    if stored["data"] != fingerprint(config):
+        note("note: the data files are not those of the checkpoint")

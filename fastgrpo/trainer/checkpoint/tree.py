@@ -1,0 +1,136 @@
+"""Nested state as JSON plus named tensors, so that nothing is ever pickled.
+
+Tensors become `{"$": "tensor", "name": ...}`; tuples, byte strings, floats that JSON lacks and dictionaries whose keys
+are not text are marked the same way. Everything else is JSON already. A tensor that occurs twice is stored once.
+"""
+
+import json
+import math
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+MARK = "$"
+
+
+class StateError(ValueError):
+    """State that cannot be stored, or stored state that cannot be understood; the text says where."""
+
+
+def pack(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
+    """The JSON form of `value`; its tensors go into `tensors` under names that tell where they belong."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {MARK: "float", "value": repr(value)}
+    if isinstance(value, Tensor):
+        tensors[at] = value.detach()
+        return {MARK: "tensor", "name": at}
+    if isinstance(value, bytes):
+        return {MARK: "bytes", "value": value.hex()}
+    if isinstance(value, list):
+        return [pack(item, tensors, f"{at}.{i}") for i, item in enumerate(value)]
+    if isinstance(value, tuple):
+        return {MARK: "tuple", "items": pack(list(value), tensors, at)}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) for key in value) and MARK not in value:
+            return {key: pack(item, tensors, f"{at}.{key}") for key, item in value.items()}
+        pairs = [[key, pack(item, tensors, f"{at}.{key}")] for key, item in value.items()]
+        return {MARK: "dict", "items": pairs}
+    raise StateError(f"{at} cannot be stored: {type(value).__name__}")
+
+
+def flatten(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors with memory of their own, alias -> name): what shares all of its memory is kept once."""
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[object, str] = {}
+    for name, tensor in tensors.items():
+        owner = name
+        if tensor.numel():
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            owner = seen.setdefault(place, name)
+        if owner != name:
+            aliases[name] = owner
+            continue
+        own = tensor.cpu().contiguous()
+        if (
+            own.untyped_storage().nbytes() != own.nbytes
+        ):  # a view: safetensors refuses shared memory
+            own = own.clone()
+        kept[name] = own
+    return kept, aliases
+
+
+def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `pack`."""
+    if isinstance(value, list):
+        return [unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if MARK not in value:
+        return {key: unpack(item, tensors) for key, item in value.items()}
+    try:
+        match value[MARK]:
+            case "tensor":
+                return tensors[value["name"]]
+            case "float":
+                return float(value["value"])
+            case "bytes":
+                return bytes.fromhex(value["value"])
+            case "tuple":
+                return tuple(unpack(value["items"], tensors))
+            case "dict":
+                return {key: unpack(item, tensors) for key, item in value["items"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateError(f"stored state is malformed: {error!r}") from None
+    raise StateError(f"stored state has an unknown mark {value[MARK]!r}")
+
+
+def encode(value: Any, root: str) -> tuple[bytes, bytes]:
+    """(safetensors, JSON) of a nested state; `root` precedes the names of its tensors."""
+    tensors: dict[str, Tensor] = {}
+    form = pack(value, tensors, root)
+    kept, aliases = flatten(tensors)
+    text = json.dumps({"state": form, "aliases": aliases}, allow_nan=False, separators=(",", ":"))
+    return save(kept), text.encode()
+
+
+def decode(tensors: bytes, text: bytes) -> Any:
+    """The inverse of `encode`."""
+    try:
+        content = json.loads(text)
+        loaded = load(tensors)
+        loaded |= {alias: loaded[name] for alias, name in content["aliases"].items()}
+        return unpack(content["state"], loaded)
+    except (SafetensorError, UnicodeDecodeError, ValueError, RecursionError, KeyError) as error:
+        raise StateError(f"stored state cannot be read: {error!r}") from None
+
+
+def same(a: Any, b: Any, at: str = "state") -> str | None:
+    """None if two states are equal to the bit, else where they first differ."""
+    if type(a) is not type(b):
+        return f"{at}: {type(a).__name__} and {type(b).__name__}"
+    if isinstance(a, Tensor):
+        equal = a.dtype == b.dtype and a.shape == b.shape
+        equal = equal and torch.equal(_bits(a), _bits(b))
+        return None if equal else at
+    if isinstance(a, dict):
+        if list(a) != list(b):
+            return f"{at}: keys {list(a)} and {list(b)}"
+        pairs = [(a[key], b[key], f"{at}.{key}") for key in a]
+    elif isinstance(a, list | tuple):
+        if len(a) != len(b):
+            return f"{at}: {len(a)} and {len(b)} items"
+        pairs = [(x, y, f"{at}.{i}") for i, (x, y) in enumerate(zip(a, b, strict=True))]
+    else:
+        return None if a == b or (a != a and b != b) else f"{at}: {a!r} and {b!r}"
+    return next((found for x, y, place in pairs if (found := same(x, y, place))), None)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor: NaNs of the same bits are equal, and +0 is not -0."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)

@@ -1,0 +1,178 @@
+"""Training by several processes under torchrun: DDP (every rank has the model) or FSDP2 (every rank has a share of it).
+
+A step's questions are the same on every rank; each rank samples, scores and trains on its span of them. Sums over
+ranks run on the CPU by gloo, gradients by whatever the device has. torch.distributed averages gradients over ranks, so
+the loss is divided by D / world_size, D being the normaliser of all ranks together.
+"""
+
+import contextlib
+import copy
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgrpo.trainer.heartbeat import Heartbeat
+
+TIMEOUT = timedelta(hours=2)
+"""Of a collective. Ranks wait that long while one evaluates; a rank that is dead is found by its heartbeat instead."""
+
+
+@dataclass(slots=True)
+class Ranks:
+    """This process among the others; the default is a process by itself."""
+
+    rank: int = 0
+    world_size: int = 1
+    kind: str = "none"  # none, ddp or fsdp2
+    heartbeat: Heartbeat | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes, shows and evaluates."""
+        return self.rank == 0
+
+    def span(self, total: int, parts: int | None = None, part: int | None = None) -> range:
+        """Which of `total` things are this rank's (or a `part`'s of `parts`): neighbours, shares as equal as can be."""
+        parts = self.world_size if parts is None else parts
+        part = self.rank if part is None else part
+        return range(part * total // parts, (part + 1) * total // parts)
+
+    def wrap(self, policy: nn.Module) -> nn.Module:
+        """The module whose forward and backward keep the ranks together."""
+        if self.kind == "ddp":
+            return DistributedDataParallel(policy)
+        if self.kind == "fsdp2":
+            shard(policy)
+        return policy
+
+    def unsharded_copy(self, model: nn.Module) -> nn.Module:
+        """What samplers read: the model itself, or under FSDP2 a full copy of it."""
+        return copy.deepcopy(model).requires_grad_(False) if self.kind == "fsdp2" else model
+
+    def quiet(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around a pass: DDP exchanges gradients in the last one only."""
+        if isinstance(module, DistributedDataParallel) and not last:
+            return module.no_sync()
+        return contextlib.nullcontext()
+
+    def maxima(self, values: Sequence[int]) -> list[int]:
+        """The largest value over ranks, place by place."""
+        return self._reduce(torch.tensor(values), dist.ReduceOp.MAX).tolist()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, on the CPU."""
+        return self._reduce(values.detach().cpu().clone(), dist.ReduceOp.SUM)
+
+    def _reduce(self, values: Tensor, how: Any) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(values, how)
+        return values
+
+    def rows(self, mine: Tensor, counts: Sequence[int]) -> Tensor:  # [b, K] -> [B, K]
+        """The rows of all ranks in order; rank r has `counts[r]` of them."""
+        if self.world_size == 1:
+            return mine
+        padded = mine.new_zeros(max(counts), *mine.shape[1:])
+        padded[: len(mine)] = mine
+        everyone = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(everyone, padded)
+        return torch.cat([rows[:n] for rows, n in zip(everyone, counts, strict=True)])
+
+    def share(self, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What every rank says, as JSON, to every rank."""
+        text = json.dumps(dict(mine)).encode()
+        if self.world_size == 1:
+            return [json.loads(text)]
+        sizes = self._gather(torch.tensor([len(text)]))
+        width = max(int(size) for size in sizes)
+        texts = self._gather(torch.tensor(list(text.ljust(width)), dtype=torch.uint8))
+        return [json.loads(bytes(t.tolist())) for t in texts]
+
+    def _gather(self, mine: Tensor) -> list[Tensor]:
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(everyone, mine)
+        return everyone
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self.maxima([0])
+
+    def broadcast(self, module: nn.Module) -> None:
+        """Weights of rank 0 to every rank."""
+        if self.world_size > 1:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+    def stop(self) -> None:
+        """Ends in order."""
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def start(kind: str, dead_after: float) -> Ranks:
+    """Joins the other ranks if torchrun started this process (it sets WORLD_SIZE); else a process by itself."""
+    if world_size() == 1:
+        return Ranks()
+    if os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens outside of this host
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, count = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("ranks", store),
+        rank=rank,
+        world_size=count,
+        timeout=TIMEOUT,
+    )
+    heartbeat = Heartbeat(PrefixStore("heartbeat", store.clone()), rank, count, dead_after)
+    return Ranks(rank, count, kind, heartbeat)
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def env_rank() -> int:
+    """This process's number under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def shard(policy: nn.Module) -> None:
+    """FSDP2: every block is gathered when it runs; embedding, norm and head once per pass, as the loss is inside."""
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = policy.get_submodule("model")
+    for block in model.get_decoder().layers:
+        fully_shard(block)
+    fully_shard(policy)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor (every rank has to ask); any other tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(whole: Tensor, sharded: Tensor) -> Tensor:
+    """`whole` laid out as `sharded` is."""
+    if isinstance(sharded, DTensor):
+        return distribute_tensor(
+            whole.to(sharded.device), sharded.device_mesh, sharded.placements, src_data_rank=None
+        )
+    return whole.to(sharded.device)

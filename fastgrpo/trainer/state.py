@@ -1,0 +1,137 @@
+"""Everything that changes while GRPO runs: what a checkpoint has to hold, no more and no less."""
+
+import copy
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.advantages import GroupAdvantage
+from fastgrpo.trainer.distributed import full
+from fastgrpo.trainer.microbatch import Portion
+from fastgrpo.trainer.rollout import Rollout, join
+from fastgrpo.trainer.settings import SettingsError
+from fastgrpo.trainer.setup import Run
+from fastgrpo.trainer.tally import Tally
+from fastgrpo.trainer.tasks.base import Problem
+from fastgrpo.trainer.text import encode_prompts
+
+
+@dataclass(slots=True)
+class Scored:
+    """A sampled batch with its rewards, and how far training on it has come."""
+
+    rollout: Rollout  # of this rank
+    completions: list[str]
+    portions: list[Portion]
+    numbers: dict[str, float]  # metrics of rewards and lengths, all ranks included
+    num_trained: int  # completions that training does not leave out
+    num_tokens: int
+    update: int = 0
+    tally: Tally = field(default_factory=Tally)
+    grad_norm: float = 0.0
+    skipped: int = 0
+
+
+class State:
+    """The policy under training, its optimizer and reference, the sampler's random numbers, the place in the run."""
+
+    def __init__(self, run: Run) -> None:
+        config, ranks = run.config, run.ranks
+        self.run = run
+        self.step = 0
+        self.num_tokens = 0
+        self.bad_updates = 0  # in a row
+        self.micro_batch_size = config.per_device_train_batch_size
+        self.scored: Scored | None = None
+        run.sampled = ranks.unsharded_copy(run.policy.model)
+        self.reference = None
+        if config.beta > 0:
+            self.reference = copy.deepcopy(run.policy).requires_grad_(False)
+            if ranks.kind == "fsdp2":
+                ranks.wrap(self.reference)
+        self.model = ranks.wrap(
+            run.policy
+        )  # what is called to train; `run.policy` holds the same weights
+        self.optimizer = torch.optim.AdamW(
+            run.policy.parameters(),
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+        )
+        self.sampler = run.sampler(config.seed)
+        count = config.sampling_streams or ranks.world_size
+        if count < ranks.world_size:
+            raise SettingsError(
+                f"sampling_streams must be at least the number of processes ({ranks.world_size}), got {count}"
+            )
+        self.num_streams = count
+        self.streams = {k: self._first_stream(k) for k in ranks.span(count)}
+
+    def _first_stream(self, number: int) -> Tensor:
+        seed = self.run.config.seed
+        if number:
+            text = f"stream {number} of {seed}".encode()
+            seed = int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
+        return torch.Generator(self.run.device).manual_seed(seed).get_state()
+
+    @property
+    def updates(self) -> int:
+        """Updates of the policy per step."""
+        return self.run.config.num_iterations * self.run.config.steps_per_generation
+
+    @property
+    def counts(self) -> list[int]:
+        """Completions of a step on each rank."""
+        config, ranks = self.run.config, self.run.ranks
+        spans = [ranks.span(self.num_streams, part=r) for r in range(ranks.world_size)]
+        prompts = [sum(len(self.questions(k)) for k in span) for span in spans]
+        return [n * config.num_generations for n in prompts]
+
+    def questions(self, stream: int) -> range:
+        """Which of a step's questions a stream of random numbers serves."""
+        return self.run.ranks.span(self.run.config.prompts_per_step, self.num_streams, stream)
+
+    def sample(self, problems: list[Problem]) -> Rollout:
+        """Completions of this rank's share of a step's questions."""
+        config, parts = self.run.config, []
+        for stream in sorted(self.streams):
+            self.sampler.rng_state = self.streams[stream]
+            asked = [problems[i].prompt for i in self.questions(stream)]
+            parts.append(
+                self.sampler.sample(
+                    encode_prompts(self.run.tokenizer, asked),
+                    num_samples=config.num_generations,
+                    max_new_tokens=config.max_completion_length,
+                    temperature=config.temperature,
+                )
+            )
+            self.streams[stream] = self.sampler.rng_state
+        return join(parts)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Lets the sampler draw from the policy as it is now."""
+        if self.run.sampled is not self.run.policy.model:
+            weights = self.run.policy.model.state_dict()
+            for name, tensor in self.run.sampled.state_dict().items():
+                tensor.copy_(full(weights[name]))
+        self.sampler.refresh()
+
+    @torch.no_grad()
+    def renew_reference(self) -> None:
+        """Iterative GRPO: the policy becomes the reference."""
+        if self.reference is not None:
+            pairs = zip(self.reference.parameters(), self.run.policy.parameters(), strict=True)
+            for theirs, ours in pairs:
+                theirs.copy_(ours)
+
+    def share_of(self, advantage: GroupAdvantage) -> Tensor:
+        """This rank's advantages out of those of the whole step."""
+        before = sum(self.counts[: self.run.ranks.rank])
+        return advantage.advantage[before : before + self.counts[self.run.ranks.rank]]
+
+
+def grad_norm_(module: nn.Module, max_norm: float) -> float:
+    """Scales gradients down to `max_norm`; returns their norm before."""
+    return float(full(nn.utils.clip_grad_norm_(module.parameters(), max_norm)))
