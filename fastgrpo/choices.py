@@ -83,6 +83,8 @@ class Gate:
         choice("Gate.when", self.when, tuple(s.name.lower() for s in When))
         choice("Gate.scope", self.scope, ("policy", "policy_and_kl", "mask"))
         interval("Gate (low, high)", (self.low, self.high))
+        bounded = self.low > -INF or self.high < INF
+        require(bounded, "Gate needs low or high: without a bound it never closes", self)
         if self.between != "old_rollout":
             require(
                 self.scope != "mask",
@@ -173,6 +175,9 @@ class Reduce:
     def __post_init__(self) -> None:
         """Check that `length` is there exactly when it is used."""
         choice("Reduce.per", self.per, ("token", "sequence", "prompt", "constant"))
+        require(math.isfinite(self.power), "Reduce.power must be finite", self.power)
+        if self.per != "sequence":
+            require(self.power == -1.0, "Reduce.power belongs to per='sequence'", self.power)
         if self.per == "constant":
             require(
                 self.length is not None and self.length > 0,

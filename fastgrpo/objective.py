@@ -99,6 +99,14 @@ class Objective(Encoded):
         custom = self.surrogate not in ("ratio", "logp")
         require(not (custom and (bounded or self.shape is not None)),
                  "a registered surrogate does its own clipping: no bounds, no shape", self.surrogate)  # fmt: skip
+        pooled = self.level != "token" or self.pool_grad == "shared"
+        require(pooled, "pool_grad='local' needs level seq_mean or seq_sum", self.level)
+        both = self.correction is not None and self.correction.applies_to == "policy_and_kl"
+        require(
+            not (both and self.folds_correction),
+            "a Gamma shape takes the correction into its ratio: Correction.applies_to must be 'policy'",
+            self.correction,
+        )
         bypass = self.correction is not None and self.correction.bypass
         live = [g for g in self.gates if g.between != "old_rollout"]
         require(

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastgrpo.functional.checks import describe
+from fastgrpo.ops import backend
 from fastgrpo.ops.surrogates import INLINED
 from fastgrpo.reference import SURROGATES
 
@@ -41,3 +43,8 @@ def register_surrogate(name: str, jit: Any, expression: Expression) -> None:
 
         surrogates.register(name, jit)
         INLINED.add(name)
+
+
+def is_inlined(name: str, device: torch.device) -> bool:
+    """Whether the loss kernels of this device run the surrogate's jit function instead of its torch expression."""
+    return name in INLINED and backend.is_triton("policy_loss", device)

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgrpo.losses import policy_loss
+from fastgrpo.objective import Objective
+from fastgrpo.reference import SURROGATES
 from fastgrpo.reference.token_logprob import accumulate_dtype
+from fastgrpo.surrogates import is_inlined
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,6 @@ def check_surrogate(name: str, *, params: tuple[float, ...] = (), seed: int = 0)
 
     On a GPU (or in Triton's interpreter) the jit function is compared with the torch expression too.
     """
-    from fastgrpo.reference import SURROGATES
-
     if name not in SURROGATES:
         raise ValueError(
             f"surrogate {name!r} is not registered; call fastgrpo.register_surrogate first"
@@ -140,3 +142,24 @@ def check_surrogate(name: str, *, params: tuple[float, ...] = (), seed: int = 0)
     assert error <= 1e-6 * max(1.0, float(numeric.abs().max())), (
         f"surrogate {name!r}: derivative differs from finite differences by {error:.3g}"
     )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if is_inlined(name, torch.device(device)):
+        _check_inlined(name, params, log_ratio.to(device), advantage.to(device), user.to(device))
+
+
+def _check_inlined(
+    name: str, params: tuple[float, ...], log_ratio: Tensor, advantage: Tensor, user: Tensor
+) -> None:
+    """Raise unless the jit function, inside the loss kernel, gives the values and slopes of the torch expression."""
+    leaf = log_ratio[:, None].clone().requires_grad_()
+    objective = Objective(surrogate=name, surrogate_params=params, d_clamp=None)
+    mask, old = torch.ones_like(leaf, dtype=torch.bool), torch.zeros_like(leaf)
+    loss = policy_loss(leaf, advantage, mask, old_logprob=old, objective=objective, normalizer=1.0)
+    loss.loss.backward()
+    value, slope = SURROGATES[name](log_ratio, advantage, user)
+    assert leaf.grad is not None
+    for got, want in ((loss.token_loss.detach(), value), (leaf.grad, slope)):
+        error = float((got.flatten() - want).abs().max())
+        assert error <= 1e-9 * max(1.0, float(want.abs().max())), (
+            f"surrogate {name!r}: the jit function differs from the torch expression by {error:.3g}"
+        )
