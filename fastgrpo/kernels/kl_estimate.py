@@ -12,7 +12,7 @@ from fastgrpo.kernels.numerics import exp
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _kl_kernel(
     logprob_ptr, ref_ptr, old_ptr, params_ptr, value_ptr, derivative_ptr, n,
     HAS_OLD: tl.constexpr, ESTIMATOR: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,

@@ -101,7 +101,7 @@ def _sequence_totals_kernel(
     tl.store(partial_loss_ptr + sequence, tl.sum(loss, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def _finish_kernel(
     partial_ptr, partial_loss_ptr, metrics_ptr, loss_ptr, num_sequences, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -3,3 +3,4 @@
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ["FASTGRPO_BACKEND"] = "triton"  # and CPU tensors go to it through the ops too

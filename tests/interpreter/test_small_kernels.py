@@ -86,6 +86,13 @@ def test_scale_gradient_by_one_changes_no_bit():
     scale_gradient.scale_gradient_(torch.empty(0), torch.ones(1))
 
 
+def test_scale_gradient_of_a_view_leaves_the_rest_alone():
+    buffer = torch.ones(4, 8)
+    scale_gradient.scale_gradient_(buffer[:, 1:5], torch.tensor([3.0]))
+    assert (buffer[:, 1:5] == 3).all()
+    assert (buffer[:, [0, 5, 6, 7]] == 1).all()
+
+
 def test_scale_gradient_walks_with_a_stride(monkeypatch):
     monkeypatch.setattr(scale_gradient, "_PROGRAMS", 2)
     grad = torch.ones(5 * 4096 + 3)
