@@ -8,7 +8,17 @@ import torch
 
 from fastgrpo import reference
 from fastgrpo.ops.policy_loss import policy_loss
-from fastgrpo.spec import METRICS, PARAMS, Estimator, Level, PoolGrad, Surrogate
+from fastgrpo.spec import (
+    METRICS,
+    PARAMS,
+    Between,
+    Estimator,
+    Level,
+    Pool,
+    PoolGrad,
+    Stat,
+    Surrogate,
+)
 from tests.cpu.inputs import INF, NAN, policy_arguments, random_objective, require_compiled, widen
 from tests.ops.common import bitwise_equal
 
@@ -74,6 +84,21 @@ def test_extreme_log_probs(logprob, old, clamp):
         got = policy_loss(*arguments, cu, params, spec, "")
         want = reference.policy_loss(*arguments, cu, params, spec, "")
         assert_agrees(got, want, 1e-11, 1e-14)
+
+
+@pytest.mark.parametrize("pool", list(Pool), ids=lambda pool: pool.name)
+def test_gate_on_a_sequence_that_lies_below_zero(pool):
+    """Every log-ratio negative, one sequence within the bounds and one outside: a maximum must not start at 0."""
+    gap = torch.tensor([-0.3] * 9 + [-0.01] * 9, dtype=torch.float64)
+    arguments, cu = policy_arguments([9, 9], torch.float64, 0, absent=1.0)
+    arguments[0], arguments[1], arguments[2] = gap - 1.0, torch.ones_like(gap), gap < 0
+    arguments[4] = torch.full_like(gap, -1.0)
+    spec = [*PLAIN[:7], 1, int(Stat.K1), int(Between.THETA_OLD), int(pool), 0, 0]
+    params = plain_params(torch.float64)
+    params[len(PARAMS)] = -0.2
+    got = policy_loss(*arguments, cu, params, spec, "")
+    assert_agrees(got, reference.policy_loss(*arguments, cu, params, spec, ""), 1e-11, 1e-14)
+    assert float(got[3][METRICS.index("gate_closed"), 0]) == 9.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

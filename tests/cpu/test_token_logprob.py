@@ -37,6 +37,18 @@ def test_matches_float64(vocabulary, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "step", [3.0, 30.0, 400.0, -30.0]
+)  # per block, under and over what one sum spans
+def test_blocks_of_rising_and_falling_logits(step, dtype):
+    """Blocks are summed against the largest logit of those before; each of these is far above (below) it."""
+    logits, ids = logits_and_ids(4, 20_000, dtype)
+    logits += (step * (torch.arange(20_000) // 4096)).to(dtype)
+    ids[:] = torch.tensor([0, 4096, 12_000, 19_999])
+    check(logits, ids)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_temperature_per_row(dtype):
     logits, ids = logits_and_ids(6, 1000, dtype)
     temperature = numbers(dtype, 0.3, 0.5, 1.0, 1.0, 2.0, 7.0)
