@@ -46,6 +46,7 @@ LAYERS = {
     "bench": {"bench"},
     "integrations": {"integrations"},
     "doctor": {"doctor"},
+    "verify": {"verify"},
     "cli": {"cli", "__main__"},
 }
 BELOW = {
@@ -59,7 +60,8 @@ BELOW = {
     "trainer": {"leaf", "reference", "ops", "functional", "algorithm"},
     "bench": {"leaf", "reference", "kernels", "ops", "functional", "algorithm", "testing"},
     "integrations": {"leaf", "ops", "functional", "algorithm"},
-    "doctor": {"leaf", "ops"},
+    "doctor": {"leaf", "ops", "integrations"},
+    "verify": {"leaf", "functional"},
     "cli": {"leaf", "ops", "functional", "algorithm", "testing", "trainer", "bench", "doctor"},
 }
 # Foreign packages that a layer may import. None: any; these layers exist to meet other libraries.
@@ -75,6 +77,7 @@ FOREIGN: dict[str, set[str] | None] = {
     "bench": None,
     "integrations": None,
     "doctor": {"torch"},
+    "verify": None,
     "cli": {"torch", "rich", "tyro"},
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
