@@ -76,7 +76,9 @@ class Scored:
     entropy: Tensor
     dlogits: Tensor | None
     metrics: Metrics
-    dlogprob: Tensor | None = None  # d loss / d logprob; the reference only
+    dlogprob: Tensor | None = None  # d loss / d logprob; the reference only, like the next
+    weight: float = 0.0  # largest reduction weight of a token
+    old: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Every output tensor by name."""
@@ -155,7 +157,10 @@ def reference_score(
         batch.spec, batch.surrogate, True, dlogits,
     )  # fmt: skip
     view = (token_loss.view(shape), logprob.view(shape), entropy.view(shape))
-    return Scored(loss, *view, dlogits.view(wide.shape), Metrics(metrics), dlogprob)
+    largest = float(batch.weight.max()) if batch.weight.numel() else 0.0
+    return Scored(
+        loss, *view, dlogits.view(wide.shape), Metrics(metrics), dlogprob, largest, batch.old
+    )
 
 
 def plain_logprob(
