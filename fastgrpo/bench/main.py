@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--what", default=",".join(KINDS), help=names(", ".join(KINDS)))
     p.add_argument("--mode", default="forward,train", help=names(", ".join(MODES)))
     p.add_argument(
-        "--preset", default="qwen2.5-0.5b", help="model whose hidden size and vocabulary are used"
+        "--preset",
+        default="qwen2.5-0.5b",
+        help="model whose hidden size and vocabulary are used, or a size: 2048x151936",
     )
     p.add_argument(
         "--tokens", type=int, help="tokens per call (default 256 on a CPU, 8192 on a GPU)"

@@ -1,5 +1,6 @@
 """The inputs that every provider gets, and the float64 answer that it is held against."""
 
+import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -93,11 +94,14 @@ class Problem:
 
 
 def preset(name: str) -> tuple[int, int]:
-    """Hidden size and vocabulary of a named model."""
+    """Hidden size and vocabulary of a named model, or of a size like 2048x151936."""
+    if size := re.fullmatch(r"(\d+)x(\d+)", name):
+        return int(size[1]), int(size[2])
     for shape in SHAPES:
         if shape.name == name:
             return shape.hidden, shape.vocabulary
-    raise ValueError(f"unknown preset {name!r}; known: {', '.join(shape.name for shape in SHAPES)}")
+    known = ", ".join(shape.name for shape in SHAPES)
+    raise ValueError(f"unknown preset {name!r}; known: {known}, or HIDDENxVOCABULARY")
 
 
 def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
