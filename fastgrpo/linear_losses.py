@@ -1,9 +1,11 @@
 """The loss from hidden states in one pass: `linear_grpo_loss`, as a function and as a module."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.batch import LossBatch, LossInputs, prepare, sequence_shape
+from fastgrpo.batch import LossInputs, prepare, sequence_shape
 from fastgrpo.functional.checks import (
     describe,
     is_strict,
@@ -21,7 +23,9 @@ from fastgrpo.functional.linear.inputs import (
     product_dtype,
 )
 from fastgrpo.functional.linear.loss import Formula, TokenInputs
+from fastgrpo.functional.linear.plan import classify
 from fastgrpo.functional.linear.score import Scoring
+from fastgrpo.functional.linear.traced import TracedLossFunction
 from fastgrpo.functional.linear_grpo_loss import (
     NO_GRADIENT,
     LinearGRPOLossFunction,
@@ -30,9 +34,10 @@ from fastgrpo.functional.linear_grpo_loss import (
 from fastgrpo.functional.token_logprob import logit_params_tensor, temperature_tensor
 from fastgrpo.losses import PolicyLoss, grad_scale_tensor, loss_metrics
 from fastgrpo.objective import Objective
-from fastgrpo.reduction import Layout
 from fastgrpo.reference.token_logprob import accumulate_dtype
-from fastgrpo.row_plan import RowPlan, classify, gradient_tokens
+from fastgrpo.row_plan import RowPlan, gradient_tokens
+
+DEFAULT_OBJECTIVE = Objective.grpo()  # made here: torch.compile cannot build one while it traces
 
 
 def linear_grpo_loss(
@@ -131,18 +136,16 @@ def linear_grpo_loss(
         kl_weight=kl_weight,
         group_size=group_size,
         group_ids=group_ids,
-        objective=objective or Objective.grpo(),
+        objective=objective or DEFAULT_OBJECTIVE,
         normalizer=normalizer,
         cu_seqlens=cu_seqlens,
     )
     batch = prepare(inputs, shape, hidden, accumulate_dtype(hidden.dtype), with_entropy)
-    layout = Layout(shape, batch.cu_seqlens)
-    plan = _plan(plan, batch, layout, inputs.objective, options.capacity, score_inactive)
-    products = hidden.new_empty(0, dtype=product_dtype(hidden))
-    scale = grad_scale_tensor(grad_scale, products, batch.weight)
-    if weight_grad_buffer is not None and scale.numel():
+    if weight_grad_buffer is not None and (
+        grad_scale not in (None, 1) or product_dtype(hidden) == torch.float16
+    ):
         raise ValueError(
-            "weight_grad_buffer needs grad_scale=1 (and so no float16 products), which it cannot undo"
+            "weight_grad_buffer needs grad_scale=1 and no float16 products: a scale could not be undone"
         )
     originals = Originals(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     scoring = Scoring(
@@ -152,28 +155,32 @@ def linear_grpo_loss(
         logit_params_tensor(logit_scale, logit_softcap, hidden),
         with_entropy,
     )
-    work = (
-        scoring,
-        TokenInputs(
-            advantage=batch.advantage,
-            mask=batch.mask,
-            weight=batch.weight,
-            old=batch.old,
-            ref=batch.ref,
-            rollout=batch.rollout,
-            log_weight=batch.log_weight,
-            token_weight=batch.token_weight,
-            kl_weight=batch.kl_weight,
-            entropy_weight=batch.entropy_weight,
-        ),
-        Formula(batch.params, batch.spec, batch.surrogate, scale),
-        plan.row_classes(),
+    tokens = TokenInputs(
+        advantage=batch.advantage,
+        mask=batch.mask,
+        weight=batch.weight,
+        old=batch.old,
+        ref=batch.ref,
+        rollout=batch.rollout,
+        log_weight=batch.log_weight,
+        token_weight=batch.token_weight,
+        kl_weight=batch.kl_weight,
+        entropy_weight=batch.entropy_weight,
     )
-    if needs_grad(*(value for value in originals if value is not None)):
-        results = LinearGRPOLossFunction.apply(*originals, *work, options, weight_grad_buffer)
+    products = hidden.new_empty(0, dtype=product_dtype(hidden))
+    scale = grad_scale_tensor(grad_scale, products, batch.weight)
+    formula = Formula(batch.params, batch.spec, batch.surrogate, scale)
+    planning = Planning(plan, batch.cu_seqlens, inputs.objective, score_inactive)
+    if torch.compiler.is_compiling():
+        results = _traced(originals, scoring, tokens, formula, planning, options)
     else:
-        results = run_linear_loss(originals, *work, NO_GRADIENT, options)
-    loss, token_loss, logprob, entropy, data = results[:5]
+        classes = planning.make(tokens, options.capacity).row_classes()
+        work = (scoring, tokens, formula, classes)
+        if needs_grad(*(value for value in originals if value is not None)):
+            results = LinearGRPOLossFunction.apply(*originals, *work, options, weight_grad_buffer)
+        else:
+            results = run_linear_loss(originals, *work, NO_GRADIENT, options)[:5]
+    loss, token_loss, logprob, entropy, data = results
     if is_strict():
         raise_on_fault("linear_grpo_loss", batch.mask & ~token_loss.isfinite())
     return PolicyLoss(
@@ -185,35 +192,96 @@ def linear_grpo_loss(
     )
 
 
-def _plan(
-    plan: RowPlan | None, batch: LossBatch, layout: Layout, objective: Objective, capacity: int | None,
-    score_inactive: bool,
-) -> RowPlan:  # fmt: skip
-    """The caller's plan on the device of the batch, checked where that needs no sync, or one made from the batch."""
-    live = batch.mask
-    active = gradient_tokens(live, batch.advantage, objective, batch.token_weight, batch.kl_weight)
-    if plan is None:
-        return classify(
-            live, active, layout, objective, score_inactive=score_inactive, capacity=capacity
+@dataclass(frozen=True)
+class Planning:
+    """The caller's plan, or what is needed to make one."""
+
+    plan: RowPlan | None
+    cu_seqlens: Tensor
+    objective: Objective
+    score_inactive: bool
+
+    def active(self, tokens: TokenInputs) -> Tensor:
+        """Tokens [N] that may have a gradient."""
+        return gradient_tokens(
+            tokens.mask, tokens.advantage, self.objective, tokens.token_weight, tokens.kl_weight
         )
-    if not isinstance(plan, RowPlan):
-        raise TypeError(f"plan must be a RowPlan of plan_rows, got {describe(plan)}")
-    if plan.num_tokens != live.numel():
-        raise ValueError(
-            f"plan was made for {plan.num_tokens} tokens, but hidden holds {live.numel()}"
-        )
-    if (plan.active_offsets is None) != objective.is_token_local:
-        raise ValueError(
-            f"plan was made for another kind of objective than {objective.name!r}; pass it to plan_rows"
-        )
-    plan = plan.to(live.device)
-    if live.device.type == "cpu" and plan.overflow is None:
-        covered = torch.zeros_like(live).index_fill_(0, plan.active_index, True)
-        if bool((active & ~covered).any()):
+
+    def given(self, total: int) -> RowPlan | None:
+        """The caller's plan; raises if it cannot be of this batch."""
+        plan = self.plan
+        if plan is None:
+            return None
+        if not isinstance(plan, RowPlan):
+            raise TypeError(f"plan must be a RowPlan of plan_rows, got {describe(plan)}")
+        if plan.num_tokens != total:
             raise ValueError(
-                "plan leaves out tokens that have a gradient: it was made from another mask or advantage"
+                f"plan was made for {plan.num_tokens} tokens, but hidden holds {total}"
             )
-    return plan
+        if (plan.active_offsets is None) != self.objective.is_token_local:
+            raise ValueError(
+                f"plan was made for another kind of objective than {self.objective.name!r}; pass it to plan_rows"
+            )
+        return plan
+
+    def make(self, tokens: TokenInputs, capacity: int | None) -> RowPlan:
+        """The caller's plan on the batch's device, checked where that needs no sync, or one made from the batch."""
+        live, active, plan = tokens.mask, self.active(tokens), self.given(tokens.mask.numel())
+        if plan is None:
+            by_sequence = not self.objective.is_token_local
+            return classify(
+                live,
+                active,
+                self.cu_seqlens,
+                by_sequence=by_sequence,
+                score_inactive=self.score_inactive,
+                capacity=capacity,
+            )
+        plan = plan.to(live.device)
+        if live.device.type == "cpu" and plan.overflow is None:
+            covered = torch.zeros_like(live).index_fill_(0, plan.active_index, True)
+            if bool((active & ~covered).any()):
+                raise ValueError(
+                    "plan leaves out tokens that have a gradient: it was made from another mask or advantage"
+                )
+        return plan
+
+
+def _traced(
+    originals: Originals, scoring: Scoring, tokens: TokenInputs, formula: Formula, planning: Planning,
+    options: LinearOptions,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The loss as one operator that torch.compile does not look into; rows are planned inside, or by a plain plan."""
+    plan = planning.given(tokens.mask.numel())
+    if plan is not None and plan.overflow is not None:
+        raise ValueError(
+            "a plan with capacity is not available under torch.compile; pass capacity to linear_grpo_loss"
+        )
+    results: tuple[Tensor, ...] = TracedLossFunction.apply(
+        *originals,
+        scoring.token_ids,
+        scoring.temperature,
+        scoring.logit_params,
+        *tokens,
+        planning.active(
+            tokens
+        ).clone(),  # it may be the mask, and a tracer refuses one tensor twice
+        None if plan is None else plan.active_index,
+        None if plan is None else plan.score_index,
+        planning.cu_seqlens,
+        formula.params,
+        formula.grad_scale,
+        formula.spec,
+        formula.surrogate,
+        scoring.with_entropy,
+        not planning.objective.is_token_local,
+        planning.score_inactive,
+        product_dtype(originals.hidden),
+        options.logits_precision,
+        options.workspace_bytes,
+        options.capacity,
+    )
+    return results
 
 
 class LinearGRPOLoss(nn.Module):
@@ -235,7 +303,7 @@ class LinearGRPOLoss(nn.Module):
     ) -> None:
         """Keep the options; see `linear_grpo_loss`."""
         super().__init__()
-        self.objective = objective or Objective.grpo()
+        self.objective = objective or DEFAULT_OBJECTIVE
         self.temperature = temperature
         self.logit_scale = logit_scale
         self.logit_softcap = logit_softcap

@@ -4,8 +4,6 @@ Made from the mask, the advantages and the objective before the forward pass, on
 the loss on a GPU needs no synchronisation.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -16,75 +14,15 @@ from fastgrpo.functional.checks import (
     describe,
     flatten,
     require_device,
+    require_flag,
     require_float,
     require_shape,
     require_tensor,
 )
 from fastgrpo.functional.linear.inputs import LinearOptions
-from fastgrpo.functional.linear.loss import RowClasses
-from fastgrpo.functional.linear.plan import PlannedRows
-from fastgrpo.functional.linear.rows import Selection
+from fastgrpo.functional.linear.plan import RowPlan, classify
 from fastgrpo.objective import Objective
 from fastgrpo.reduction import Layout
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowPlan:
-    """Flat indices of the tokens of one batch by what is done with them; tokens in neither list are left out.
-
-    The fields after `score_index` are there where the objective looks at whole sequences, or with `capacity`.
-    """
-
-    num_tokens: int
-    active_index: Tensor  # [A] int64, ascending: score, loss and gradient
-    score_index: Tensor  # [S] int64, ascending: score and metrics; their gradient is exactly 0
-    active_offsets: Tensor | None = None  # [B + 1] int32: active tokens before each sequence
-    score_offsets: Tensor | None = None
-    active_ends: list[int] | None = None  # active_offsets[1:] on the host
-    score_ends: list[int] | None = None
-    overflow: Tensor | None = None  # [] bool: more tokens were live than `capacity` holds
-
-    @property
-    def num_active(self) -> int:
-        """Tokens that take part in the gradient products."""
-        return self.active_index.numel()
-
-    @property
-    def num_scored(self) -> int:
-        """Tokens that are only scored."""
-        return self.score_index.numel()
-
-    def to(self, device: torch.device | str) -> "RowPlan":
-        """The plan with its tensors on `device`, copied without waiting for it."""
-        device = torch.device(device)
-
-        def move(value: Tensor | None) -> Tensor | None:
-            if value is None or value.device == device:
-                return value
-            pinned = value.pin_memory() if device.type == "cuda" else value
-            return pinned.to(device, non_blocking=True)
-
-        names = ("active_index", "score_index", "active_offsets", "score_offsets", "overflow")
-        return RowPlan(**(self.__dict__ | {name: move(getattr(self, name)) for name in names}))
-
-    def row_classes(self) -> RowClasses:
-        """The plan as the loss takes it."""
-
-        def rows(index: Tensor, offsets: Tensor | None, ends: list[int] | None) -> PlannedRows:
-            everything = index.numel() == self.num_tokens
-            return PlannedRows(
-                Selection.every(self.num_tokens)
-                if everything
-                else Selection.of(self.num_tokens, index),
-                offsets,
-                ends,
-            )
-
-        return RowClasses(
-            rows(self.active_index, self.active_offsets, self.active_ends),
-            rows(self.score_index, self.score_offsets, self.score_ends),
-            self.overflow,
-        )
 
 
 def gradient_tokens(
@@ -100,74 +38,6 @@ def gradient_tokens(
     if objective.kl.beta:
         policy = policy | (kl_weight != 0 if kl_weight.numel() else torch.ones_like(mask))
     return mask & policy
-
-
-def classify(
-    live: Tensor,  # [N] bool
-    active: Tensor,  # [N] bool
-    layout: Layout,
-    objective: Objective,
-    *,
-    score_inactive: bool,
-    capacity: int | None,
-) -> RowPlan:
-    """The plan of a flat batch. One read by the host of two numbers, or of 2 B for a sequence-level objective."""
-    total = live.numel()
-    by_sequence = not objective.is_token_local
-    cu_seqlens = layout.cu_seqlens
-    if by_sequence:
-        active = live & layout.spread(layout.lengths(active) > 0)
-    scored = live & ~active
-    if capacity is not None:
-        return _static(live if score_inactive else active, cu_seqlens, by_sequence, capacity)
-    if not score_inactive:
-        scored = torch.zeros_like(scored)
-    order = torch.where(active, 0, torch.where(scored, 1, 2)).sort(stable=True).indices
-    offsets = [
-        _count_before(kind, cu_seqlens) if by_sequence else None for kind in (active, scored)
-    ]
-    counts = (
-        [active.sum(), scored.sum()]
-        if not by_sequence
-        else [o[1:] for o in offsets if o is not None]
-    )
-    host: list[int] = torch.cat([value.reshape(-1) for value in counts]).tolist()
-    half = len(host) // 2
-    ends = (host[:half], host[half:])
-    num_active, num_scored = (values[-1] if values else 0 for values in ends)
-    return RowPlan(
-        num_tokens=total,
-        active_index=order[:num_active],
-        score_index=order[num_active : num_active + num_scored],
-        active_offsets=offsets[0],
-        score_offsets=offsets[1],
-        active_ends=ends[0] if by_sequence else None,
-        score_ends=ends[1] if by_sequence else None,
-    )
-
-
-def _count_before(chosen: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Chosen tokens before each sequence, [B + 1] int32."""
-    running = torch.nn.functional.pad(chosen.cumsum(0), (1, 0))
-    return running[cu_seqlens.long()].to(torch.int32)
-
-
-def _static(wanted: Tensor, cu_seqlens: Tensor, by_sequence: bool, capacity: int) -> RowPlan:
-    """`capacity` rows whatever the data: the wanted ones first, then dead ones that the mask keeps out."""
-    if capacity >= wanted.numel():
-        index, offsets = torch.arange(wanted.numel(), device=wanted.device), cu_seqlens
-    else:
-        index = wanted.sort(descending=True, stable=True).indices[:capacity]
-        offsets = _count_before(wanted, cu_seqlens).clamp(max=capacity)
-        offsets[-1] = capacity  # dead rows follow the last sequence
-    return RowPlan(
-        num_tokens=wanted.numel(),
-        active_index=index,
-        score_index=index[:0],
-        active_offsets=offsets if by_sequence else None,
-        score_offsets=offsets * 0 if by_sequence else None,
-        overflow=wanted.sum() > capacity,
-    )
 
 
 def plan_rows(
@@ -211,6 +81,7 @@ def plan_rows(
             f"mask must be padded [B, T], or packed [N] with cu_seqlens, got {describe(mask)}"
         )
     LinearOptions(capacity=capacity)
+    require_flag("score_inactive", score_inactive)
     layout = Layout.of(shape, cu_seqlens, mask.device)
     live = flatten(as_mask(mask, shape, mask, "the batch"), torch.bool)
     absent = torch.empty(0, device=mask.device)
@@ -230,7 +101,12 @@ def plan_rows(
         weights("kl_weight", kl_weight),
     )
     return classify(
-        live, active, layout, objective, score_inactive=score_inactive, capacity=capacity
+        live,
+        active,
+        layout.cu_seqlens,
+        by_sequence=not objective.is_token_local,
+        score_inactive=score_inactive,
+        capacity=capacity,
     )
 
 
@@ -242,3 +118,6 @@ def _per_token(advantage: Tensor, layout: Layout, mask: Tensor) -> Tensor:
     rule = f"one value per sequence, or {tuple(layout.shape)}: one per token"
     require_shape("advantage", advantage, (layout.num_sequences,), rule)
     return layout.spread(advantage)
+
+
+__all__ = ["RowPlan", "gradient_tokens", "plan_rows"]

@@ -60,7 +60,10 @@ def test_nan_advantage_is_active():
 
 @pytest.mark.parametrize(
     "objective",
-    [Objective.gspo(), Objective.dapo().replace(gates=(Gate(stat="k1", pool="seq_sum"),))],
+    [
+        Objective.gspo(),
+        Objective.dapo().replace(gates=(Gate(stat="k1", pool="seq_sum", high=1.0),)),
+    ],
 )
 def test_sequences_stay_whole(objective):
     """A pooled ratio or gate needs every token of a sequence that has any gradient."""

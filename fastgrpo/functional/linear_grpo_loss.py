@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from fastgrpo.functional.linear.gradients import Needs, Originals
 from fastgrpo.functional.linear.inputs import LinearOptions, make_head, product_dtype
-from fastgrpo.functional.linear.loss import Formula, Outcome, RowClasses, TokenInputs, linear_loss
+from fastgrpo.functional.linear.loss import Formula, Outcome, TokenInputs, linear_loss
+from fastgrpo.functional.linear.plan import RowClasses
 from fastgrpo.functional.linear.score import Scoring
 from fastgrpo.ops.scale_gradient import scale_gradient_
 

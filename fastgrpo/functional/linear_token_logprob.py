@@ -26,6 +26,7 @@ from fastgrpo.functional.linear.inputs import (
 from fastgrpo.functional.linear.logprob import logprob_backward, logprob_forward
 from fastgrpo.functional.linear.score import Scored, Scoring, Upstream
 from fastgrpo.functional.linear.statistics import StatisticsVisitor
+from fastgrpo.functional.linear.traced import TracedLogprobFunction
 from fastgrpo.functional.token_logprob import TokenLogprob, logit_params_tensor, temperature_tensor
 
 
@@ -187,7 +188,7 @@ def apply_scoring(
     live = hidden.new_empty(0, dtype=torch.bool)
     if mask is not None:
         live = flatten(as_mask(mask, shape, hidden, "hidden"), torch.bool)
-    results = LinearTokenLogprobFunction.apply(
+    tensors = (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -195,11 +196,16 @@ def apply_scoring(
         live,
         temperature_tensor(temperature, shape, hidden),
         logit_params_tensor(logit_scale, logit_softcap, hidden),
-        with_entropy,
-        options,
-        weight_grad_buffer,
-        outputs,
     )
+    if torch.compiler.is_compiling():
+        if outputs or weight_grad_buffer is not None:
+            raise ValueError("outputs and weight_grad_buffer are not available under torch.compile")
+        cut = (options.logits_precision, options.workspace_bytes, options.capacity)
+        results = TracedLogprobFunction.apply(*tensors, with_entropy, product_dtype(hidden), *cut)
+    else:
+        results = LinearTokenLogprobFunction.apply(
+            *tensors, with_entropy, options, weight_grad_buffer, outputs
+        )
     if is_strict():
         raise_on_fault("linear_token_logprob", results[0].isnan())
     absent = 1 if not with_entropy else len(results)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgrpo.functional.linear.gemm import Head
 from fastgrpo.functional.linear.gradients import HeadGradients, Needs, Originals
 from fastgrpo.functional.linear.inputs import LinearOptions
-from fastgrpo.functional.linear.plan import PlannedRows
+from fastgrpo.functional.linear.plan import PlannedRows, RowClasses
 from fastgrpo.functional.linear.report import note_path
 from fastgrpo.functional.linear.rows import Chunk, Selection
 from fastgrpo.functional.linear.score import (
@@ -188,25 +188,6 @@ def weighted_sum(token_loss: Tensor, entropy: Tensor, tokens: TokenInputs) -> Te
         bonus = torch.where(entropy_weight != 0, entropy_weight * entropy, 0.0)
         loss = loss - bonus.double().sum()
     return loss
-
-
-@dataclass(frozen=True)
-class RowClasses:
-    """What becomes of the rows: gradients and metrics, or metrics alone; rows in neither are not touched."""
-
-    active: PlannedRows
-    scored: PlannedRows
-    overflow: Tensor | None = None  # [] bool: a static plan has too few rows, so everything is NaN
-
-    def describe(self, limit: int) -> str:
-        """One line for the log and the report."""
-        long = sum(piece.size > limit for piece in self.active.pieces(limit))
-        text = f"up to {limit} rows at a time"
-        return (
-            text
-            if not long
-            else f"{text}; {long} piece(s) of whole sequences above that, scored and then recomputed"
-        )
 
 
 def linear_loss(
