@@ -33,6 +33,7 @@ DEFINITIONS = {
     "rollout_k1": "rollout - old: estimates KL(rollout || old)",
     "rollout_k3": "the same by k3",
     "rollout_chi2": "exp(2 (old - rollout)) - 1: estimates the chi-square divergence",
+    "rollout_outside": "1 where the weight lay outside its limits or a gate between old and rollout closed",
 }
 
 
@@ -72,6 +73,9 @@ ALIASES = {
     "rollout_corr/rollout_is_eff_sample_size": Alias("rollout_weight", "ess"),
     "rollout_corr/kl": Alias("rollout_k1", "mean"),
     "rollout_corr/k3_kl": Alias("rollout_k3", "mean"),
+    "rollout_corr/rollout_rs_masked_fraction": Alias(
+        "rollout_outside", "mean", "truncated tokens count too"
+    ),
     "rollout_corr/chi2_token": Alias("rollout_chi2", "mean"),
 }
 

@@ -24,6 +24,7 @@ ROLLOUT_METRICS = (
     "rollout_k1",
     "rollout_k3",
     "rollout_chi2",
+    "rollout_outside",
 )
 
 
@@ -43,8 +44,10 @@ def _times(factor: Tensor, weight: Tensor) -> Tensor:
     return weight * factor if weight.numel() else factor
 
 
-def _importance_weight(log_ratio: Tensor, tokens: Tokens, objective: Objective) -> Tensor:
-    """exp(old - rollout) per token or pooled over the sequence, truncated or masked, as one value per token."""
+def _importance_weight(
+    log_ratio: Tensor, tokens: Tokens, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """exp(old - rollout) per token or sequence, truncated or masked, and where it lay outside the limits, per token."""
     correction = objective.correction
     assert correction is not None
     if correction.level != "token":
@@ -53,10 +56,11 @@ def _importance_weight(log_ratio: Tensor, tokens: Tokens, objective: Objective) 
             log_ratio = log_ratio / tokens.sequence_length()
     limit = correction.log_clamp
     weight = torch.exp(log_ratio if limit is None else log_ratio.clamp(-limit, limit))
+    outside = (weight < correction.low) | (weight > correction.high)
     if correction.mode == "truncate":
         weight = weight.clamp(correction.low, correction.high)
     else:
-        weight = torch.where((weight < correction.low) | (weight > correction.high), 0.0, weight)
+        weight = torch.where(outside, 0.0, weight)
     if correction.normalize:
         # Every token counts once, or every sequence does, whatever its length.
         share = (
@@ -64,7 +68,7 @@ def _importance_weight(log_ratio: Tensor, tokens: Tokens, objective: Objective) 
         )
         total = tokens.total(weight * share)
         weight = weight * tokens.total(share) / torch.where(total > 0, total, 1.0)
-    return weight
+    return weight, outside
 
 
 def _stored_gate_closed(gate: Gate, tokens: Tokens) -> Tensor:
@@ -115,9 +119,9 @@ def apply_correction(
     absent = old.new_empty(0)
     tokens = Tokens.select(old, advantage, mask, absent, behaviour, absent, cu_seqlens)
     difference = log_ratio_of(tokens.logprob, tokens.rollout)
-    log_weight, weight = absent, torch.ones_like(old)
+    log_weight, weight, outside = absent, torch.ones_like(old), torch.zeros_like(mask)
     if correction is not None:
-        weight = _importance_weight(difference, tokens, objective)
+        weight, outside = _importance_weight(difference, tokens, objective)
         if objective.folds_correction:
             log_weight = torch.log(weight).clamp(objective.pool_bounds[0], objective.pool_bounds[1])
             if (
@@ -130,6 +134,7 @@ def apply_correction(
                 kl_weight = _times(weight, kl_weight)
     for gate in gates:
         shut = _stored_gate_closed(gate, tokens)
+        outside = outside | shut
         if gate.scope == "mask":
             mask = mask & ~shut
             continue
@@ -137,11 +142,13 @@ def apply_correction(
         token_weight = _times(keep, token_weight)
         if gate.scope == "policy_and_kl":
             kl_weight = _times(keep, kl_weight)
-    metrics = _mismatch_metrics(weight, difference, tokens, ~rollout.isnan())
+    metrics = _mismatch_metrics(weight, difference, outside, tokens, ~rollout.isnan())
     return Corrected(mask, old, log_weight, token_weight, kl_weight, (ROLLOUT_METRICS, metrics))
 
 
-def _mismatch_metrics(weight: Tensor, log_ratio: Tensor, tokens: Tokens, scored: Tensor) -> Tensor:
+def _mismatch_metrics(
+    weight: Tensor, log_ratio: Tensor, outside: Tensor, tokens: Tokens, scored: Tensor
+) -> Tensor:
     """Rows of ROLLOUT_METRICS: weights over live tokens, mismatch over those that the sampler scored."""
     weights = torch.stack([weight, weight * weight])
     mismatch = torch.stack(
@@ -156,5 +163,6 @@ def _mismatch_metrics(weight: Tensor, log_ratio: Tensor, tokens: Tokens, scored:
         [
             reduce_metrics(weights.double(), tokens),
             reduce_metrics(mismatch.double(), tokens._replace(live=tokens.live & scored)),
+            reduce_metrics(outside[None].double(), tokens),
         ]
     )

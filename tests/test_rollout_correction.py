@@ -329,6 +329,8 @@ def test_mismatch_metrics():
     ess = m["rollout_corr/rollout_is_eff_sample_size"]
     close(ess, 1 / ((w / w.mean()) ** 2).mean(), "ess")
     close(m["rollout_corr/rollout_is_std"], w.std(correction=0), "std")
+    outside = (batch.old - behaviour(batch))[batch.mask] > math.log(1.1)
+    close(m["rollout_outside"], outside.double().mean(), "outside")
     close(m["rollout_corr/chi2_token"], ((2 * u).exp()).mean() - 1, "chi-square")
 
 
