@@ -9,6 +9,7 @@ OpenRLHF's own arguments. A correction that compares the mean of |p - q| or of t
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastgrpo.choices import Correction, Gate, Reduce
@@ -88,8 +89,12 @@ class PolicyLoss(nn.Module):
             normalizer=None if total is None else float(total) / dp_size,
         )
         m = result.metrics
+        moved = torch.where(action_mask.bool(), old_log_probs - log_probs.detach(), 0.0)
+        ppo_kl = (
+            moved.sum() / action_mask.sum()
+        )  # to the old policy, also where the ratio is to the sampler
         if "rollout_k1" not in m:
-            return result.loss, m["clip_region"], m["actor/ppo_kl"], None, None
+            return result.loss, m["clip_region"], ppo_kl, None, None
         return (
             result.loss,
             m["clip_region"],
