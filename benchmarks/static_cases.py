@@ -118,7 +118,7 @@ def cases() -> list[Case]:
         Case("one pass bf16 grpo", lambda: wide.grpo(grpo), 2, BOTH, ONE_PASS, True),
         Case("one pass fp32 grpo", lambda: single.grpo(grpo), 4, BOTH, ONE_PASS),
         Case("one pass bf16 dppo, all inputs", lambda: wide.grpo(dppo, full=True), 2, BOTH, ONE_PASS),
-        Case("one pass bf16 grpo, entropy bonus", lambda: wide.grpo(grpo, bonus=True), 2, BOTH),
+        Case("one pass bf16 grpo, entropy bonus", lambda: wide.grpo(grpo, bonus=True), 2, BOTH, ONE_PASS),
         Case("one pass bf16 grpo, no gradient", lambda: wide.grpo(grpo, gradient=False), 2, READ),
         Case("one pass bf16 grpo unaligned", lambda: odd.grpo(grpo), 2, BOTH),
         Case("one pass bf16 grpo softcap", lambda: capped.grpo(grpo), 2, BOTH),

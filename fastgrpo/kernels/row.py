@@ -60,13 +60,33 @@ def tile_offsets(ROWS: tl.constexpr, VEC: tl.constexpr):
 @triton.jit
 def load_block(
     block_ptr, ROWS: tl.constexpr, VEC: tl.constexpr, LOADS: tl.constexpr, EVICTION: tl.constexpr
-):
-    """The LOADS tiles of a block inside the row; all loads are in flight before the first tile is used."""
+):  # fmt: skip
+    """The LOADS tiles of a block inside the row; all loads are in flight before the first tile is used.
+
+    bfloat16 comes as pairs in 32-bit words, which `widen` takes apart with one instruction per element, not 1.5.
+    """
     tiles = ()
     for part in tl.static_range(LOADS):
-        tile_ptr = block_ptr + part * (ROWS * VEC) + tile_offsets(ROWS, VEC)
-        tiles = tiles + (tl.load(tile_ptr, eviction_policy=EVICTION),)  # noqa: RUF005
+        tile_ptr = block_ptr + part * (ROWS * VEC)
+        if block_ptr.dtype.element_ty == tl.bfloat16:
+            pair_ptr = tile_ptr.to(tl.pointer_type(tl.int32)) + tile_offsets(ROWS, VEC // 2)
+            tile = tl.load(pair_ptr, eviction_policy=EVICTION)
+        else:
+            tile = tl.load(tile_ptr + tile_offsets(ROWS, VEC), eviction_policy=EVICTION)
+        tiles = tiles + (tile,)  # noqa: RUF005
     return tiles
+
+
+@triton.jit
+def widen(tile, dtype: tl.constexpr):
+    """A tile of `load_block` as numbers of the accumulation dtype."""
+    if tile.dtype == tl.int32:
+        even = (tile << 16).to(tl.float32, bitcast=True)
+        odd = (tile & -65536).to(tl.float32, bitcast=True)
+        wide = tl.join(even, odd).reshape(tile.shape[0], 2 * tile.shape[1])
+    else:
+        wide = tile.to(dtype)
+    return wide
 
 
 @triton.jit
@@ -154,21 +174,6 @@ def _exact_sums(
 
 
 @triton.jit
-def _add_edge(
-    tiles, block, shift, target, n_cols, c, k, inner, softcap, s, w,
-    ALIGNED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
-    LOADS: tl.constexpr,
-):  # fmt: skip
-    for part in tl.static_range(LOADS):
-        columns, inside = edge_columns(block * LOADS + part, shift, n_cols, ALIGNED, ROWS, VEC)
-        u, _ = units(tiles[part].to(c.dtype), inner, softcap, SOFTCAP)
-        v = tl.fma(u, c, -k)
-        e = tl.where(inside & (columns != target), tl.exp2(v), 0.0)
-        s, w = _add(v, e, s, w, ENTROPY)
-    return s, w
-
-
-@triton.jit
 def row_statistics(
     row_ptr, target, n_cols, c, inner, softcap,
     ALIGNED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
@@ -195,21 +200,23 @@ def row_statistics(
     k = origin * c
     s = tl.zeros([ROWS], c.dtype)
     w = tl.zeros([ROWS], c.dtype)
-    s, w = _add_edge(
-        tiles, 0, shift, target, n_cols, c, k, inner, softcap, s, w, ALIGNED, SOFTCAP, ENTROPY, ROWS, VEC, LOADS
-    )  # fmt: skip
-    for edge in range(1, edges):
+    for edge in range(
+        0, edges
+    ):  # block 0 comes again, out of the cache, rather than staying in registers
         block = edge_block(edge, skipped, last)
-        tiles = load_edge(base_ptr, block, shift, n_cols, ALIGNED, ROWS, VEC, LOADS, EVICTION)
-        s, w = _add_edge(
-            tiles, block, shift, target, n_cols, c, k, inner, softcap, s, w, ALIGNED, SOFTCAP, ENTROPY, ROWS, VEC, LOADS
-        )  # fmt: skip
+        edge_tiles = load_edge(base_ptr, block, shift, n_cols, ALIGNED, ROWS, VEC, LOADS, EVICTION)
+        for part in tl.static_range(LOADS):
+            columns, inside = edge_columns(block * LOADS + part, shift, n_cols, ALIGNED, ROWS, VEC)
+            u, _ = units(edge_tiles[part].to(c.dtype), inner, softcap, SOFTCAP)
+            v = tl.fma(u, c, -k)
+            e = tl.where(inside & (columns != target), tl.exp2(v), 0.0)
+            s, w = _add(v, e, s, w, ENTROPY)
 
     for i in range(1, main_end):
         block = tl.where(i >= skipped, i + 1, i)
-        tiles = load_block(base_ptr + block * BLOCK, ROWS, VEC, LOADS, EVICTION)
+        words = load_block(base_ptr + block * BLOCK, ROWS, VEC, LOADS, EVICTION)
         for part in tl.static_range(LOADS):
-            u, _ = units(tiles[part].to(c.dtype), inner, softcap, SOFTCAP)
+            u, _ = units(widen(words[part], c.dtype), inner, softcap, SOFTCAP)
             v = tl.fma(u, c, -k)
             s, w = _add(v, tl.exp2(v), s, w, ENTROPY)
 

@@ -19,6 +19,7 @@ from fastgrpo.kernels.row import (
     load_edge,
     tile_offsets,
     units,
+    widen,
 )
 
 # Beyond this |lse * c| the folded form u * c - lse * c loses too many digits of p, and finally overflows.
@@ -89,9 +90,9 @@ def row_gradient(
     for i in range(1, main_end):
         forward = main_end - i
         block = tl.where(forward >= skipped, forward + 1, forward)
-        tiles = load_block(base_ptr + block * BLOCK, ROWS, VEC, LOADS, EVICTION)
+        words = load_block(base_ptr + block * BLOCK, ROWS, VEC, LOADS, EVICTION)
         for part in tl.static_range(LOADS):
-            u, slope = units(tiles[part].to(c.dtype), inner, softcap, SOFTCAP)
+            u, slope = units(widen(words[part], c.dtype), inner, softcap, SOFTCAP)
             gradient = _terms(tl.fma(u, c, -k), slope, a, b, SOFTCAP, ENTROPY)
             tile_ptr = base_out_ptr + block * BLOCK + part * (ROWS * VEC) + offsets
             tl.store(tile_ptr, gradient.to(dtype))
