@@ -16,6 +16,7 @@ from fastgrpo.spec import (
     Level,
     Pool,
     PoolGrad,
+    Shape,
     Stat,
     Surrogate,
 )
@@ -84,6 +85,20 @@ def test_extreme_log_probs(logprob, old, clamp):
         got = policy_loss(*arguments, cu, params, spec, "")
         want = reference.policy_loss(*arguments, cu, params, spec, "")
         assert_agrees(got, want, 1e-11, 1e-14)
+
+
+def test_saturated_sigmoid_keeps_the_digits_of_its_slope():
+    """SAPO far from a ratio of 1: 1 - sigmoid is 1e-12 and less."""
+    arguments, cu = policy_arguments([8], torch.float64, 0, absent=1.0)
+    gap = torch.linspace(2.0, 4.0, 8, dtype=torch.float64)
+    arguments[0], arguments[1], arguments[2] = gap - 5.0, torch.ones_like(gap), gap > 0
+    arguments[3], arguments[4] = torch.ones_like(gap), torch.full_like(gap, -5.0)
+    params = plain_params(torch.float64, shape_pos_a=1.5, shape_neg_a=1.5)
+    spec = [*PLAIN[:3], int(Shape.SIGMOID), *PLAIN[4:]]
+    _, _, dlogprob, _ = policy_loss(*arguments, cu, params, spec, "")
+    ratio = gap.exp()
+    e = torch.exp(-1.5 * (ratio - 1))
+    torch.testing.assert_close(dlogprob, -4 * e / (1 + e) ** 2 * ratio, rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize("pool", list(Pool), ids=lambda pool: pool.name)
