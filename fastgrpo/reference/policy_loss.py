@@ -66,8 +66,8 @@ def _policy_term(
         weight = torch.where(ratio < low, low, torch.where(ratio > high, high, ratio))
         slope = torch.where((ratio < low) | (ratio > high), 0.0, ratio)
     elif spec[3] == Shape.SIGMOID:
-        sigmoid = torch.sigmoid(a * (ratio - 1))
-        weight, slope = 4 / a * sigmoid, 4 * sigmoid * (1 - sigmoid) * ratio
+        sigmoid, rest = torch.sigmoid(a * (ratio - 1)), torch.sigmoid(a * (1 - ratio))
+        weight, slope = 4 / a * sigmoid, 4 * sigmoid * rest * ratio
     else:
         weight = torch.exp(b + a * log_ratio - b * ratio)
         slope = weight * (a - b * ratio)

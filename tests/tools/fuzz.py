@@ -306,9 +306,15 @@ def compare_loss(
     compare(actual.token_loss, expected.token_loss, bounds.token)
     compare(actual.loss, expected.loss, bounds.loss)
     dtype = actual.dlogits.dtype
-    compare(
-        actual.dlogits, expected.dlogits, tol.dlogits(bounds.upstream, dtype, bounds.upstream_error)
-    )
+    atol = tol.dlogits(bounds.upstream, dtype, bounds.upstream_error)
+    inside = torch.ones_like(expected.dlogits, dtype=torch.bool)
+    if (
+        dtype == torch.float16 and expected.weight
+    ):  # stored times the default grad_scale, at most 1.5 / weight
+        inside = ~(
+            expected.dlogits.abs() * max(1.5 / expected.weight, 1.0) > torch.finfo(dtype).max
+        )
+    compare(actual.dlogits.where(inside, 0.0), expected.dlogits.where(inside, 0.0), atol)
     size = expected.dlogprob.abs()
     underflows = bool(((size > 0) & (size < torch.finfo(torch.float32).tiny)).any())
     for name in (*EDGES, "fault"):
