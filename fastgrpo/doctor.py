@@ -6,11 +6,12 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from fastgrpo.integrations.contracts import installed
 from fastgrpo.ops.backend import BackendReport, backend_report
 
 LIBRARIES = ("transformers", "tokenizers", "safetensors", "numpy", "rich", "tyro")
@@ -40,6 +41,12 @@ class Diagnosis:
     libraries: dict[str, str | None]
     hosts: dict[str, str | None]
     report: BackendReport
+    contracts: dict[str, str] = field(default_factory=dict)  # host -> "ok", or what does not match
+
+    @property
+    def broken_contracts(self) -> dict[str, str]:
+        """Hosts whose adapter does not know the installed version, with the reason."""
+        return {host: found for host, found in self.contracts.items() if found != "ok"}
 
     @property
     def slow_ops(self) -> dict[str, str]:
@@ -48,8 +55,8 @@ class Diagnosis:
         return {name: f"{k.name} ({k.why})" for name, k in kernels.items() if not k.native}
 
 
-def diagnose() -> Diagnosis:
-    """Look at the machine and at the dispatcher. Runs no kernel and imports no optional library."""
+def diagnose(check_hosts: bool = False) -> Diagnosis:
+    """Look at the machine and at the dispatcher. Runs no kernel, and imports a host only to check its contract."""
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         device = f"{torch.cuda.get_device_name()} (sm_{major}{minor}), CUDA {torch.version.cuda}"
@@ -67,6 +74,7 @@ def diagnose() -> Diagnosis:
         libraries={name: _version(name) for name in LIBRARIES},
         hosts={name: _version(name) for name in HOSTS},
         report=backend_report(),
+        contracts={s.host: s.problem or "ok" for s in installed()} if check_hosts else {},
     )
 
 
@@ -85,6 +93,10 @@ def render(diagnosis: Diagnosis) -> str:
     lines = [f"{name:<20}{value}" for name, value in facts.items()]
     present = [f"{name} {found}" for name, found in diagnosis.hosts.items() if found]
     lines += [f"{'optional, installed':<20}{', '.join(present) or 'none'}", ""]
+    for host, found in diagnosis.contracts.items():
+        known = "adapter matches" if found == "ok" else f"adapter does not match: {found}"
+        lines.append(f"{host:<20}{known}")
+    lines += [""] if diagnosis.contracts else []
     lines.append(f"{'op':<22}{'on ' + diagnosis.device_type:<20}why")
     for name, by_device in report.ops.items():
         kernel = by_device[diagnosis.device_type]
@@ -94,16 +106,21 @@ def render(diagnosis: Diagnosis) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report. Returns 0 if every op has a native kernel for this machine's device, else 1."""
+    """Print the report. Returns 0 if every op has a native kernel and every host's adapter matches, else 1."""
     parser = argparse.ArgumentParser(prog="fastgrpo doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="do not import hosts such as TRL to check their adapters",
+    )
     arguments = parser.parse_args(argv)
-    diagnosis = diagnose()
+    diagnosis = diagnose(check_hosts=not arguments.quick)
     if arguments.json:
         print(json.dumps({**asdict(diagnosis), "slow_ops": diagnosis.slow_ops}, indent=2))
     else:
         print(render(diagnosis))
-    return 1 if diagnosis.slow_ops else 0
+    return 1 if diagnosis.slow_ops or diagnosis.broken_contracts else 0
 
 
 def _verdict(diagnosis: Diagnosis) -> str:

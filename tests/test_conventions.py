@@ -178,7 +178,7 @@ def test_kl_weighted_by_the_correction_or_not(batch):
 def test_four_kl_gradients_under_one_value_on_policy(batch):
     """Path (paper, Liger), k2 straight-through (verl's "+"), ratio (TRL >= 1.16, slime), detached ratio (OpenRLHF).
 
-    With the old policy equal to the policy the values agree, and the ratio's gradient is k2's: both descend the reverse KL.
+    With the old policy equal to the policy the values agree, and the ratio's gradient is k2's.
     """
     on_policy = Batch(
         batch.logprob, batch.logprob, batch.ref, batch.rollout, batch.advantage * 0, batch.mask

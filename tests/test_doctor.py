@@ -40,11 +40,11 @@ def test_report_has_a_line_per_op_and_the_versions(diagnosis):
 
 
 def test_exit_code_is_0_only_if_every_op_is_native(diagnosis, monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "diagnose", lambda: with_kernels(diagnosis, "cpu"))
+    monkeypatch.setattr(doctor, "diagnose", lambda **_: with_kernels(diagnosis, "cpu"))
     assert doctor.main([]) == 0
     assert "ok: every op has a native kernel for cpu." in capsys.readouterr().out
     slow = Kernel("reference", "_C_cpu.so was not built")
-    monkeypatch.setattr(doctor, "diagnose", lambda: with_kernels(diagnosis, "cpu", grpo_loss=slow))
+    monkeypatch.setattr(doctor, "diagnose", lambda **_: with_kernels(diagnosis, "cpu", grpo_loss=slow))
     assert doctor.main([]) == 1
     out = capsys.readouterr().out
     assert "no native kernel here: reference (_C_cpu.so was not built)" in out
@@ -76,7 +76,7 @@ def test_missing_tools_are_named(diagnosis, library, tools, named):
 
 
 def test_json_says_the_same(diagnosis, monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "diagnose", lambda: diagnosis)
+    monkeypatch.setattr(doctor, "diagnose", lambda **_: diagnosis)
     code = doctor.main(["--json"])
     told = json.loads(capsys.readouterr().out)
     assert told["slow_ops"] == diagnosis.slow_ops

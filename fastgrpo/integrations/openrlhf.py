@@ -111,15 +111,12 @@ def _correction(level: str, mode: str, gating: str, threshold: Any, gspo: bool) 
     if gspo:  # the ratio is taken to the sampler instead
         return {"correction": Correction(bypass=True)}
     low, high = threshold
+    asked = f"is_correction level {level!r}, mode {mode!r}, gating {gating!r}"
     if level not in ("token", "seq") or mode not in ("mask", "clip"):
-        raise ValueError(
-            f"is_correction_level and _mode must be token or seq and mask or clip, got {level!r}, {mode!r}"
-        )
+        raise ValueError(f"{asked} is unknown: token or seq, mask or clip")
     if mode == "clip":
         if level == "seq" or gating != "ratio":
-            raise ValueError(
-                "is_correction_mode=clip requires is_correction_level=token and is_correction_gating=ratio"
-            )
+            raise ValueError(f"{asked} is not covered: clip needs level token and gating ratio")
         return {"correction": Correction(low=low, high=high, log_clamp=None)}
     if gating == "ratio" and level == "token":
         return {"correction": Correction(mode="mask", low=low, high=high, log_clamp=None)}
@@ -129,9 +126,7 @@ def _correction(level: str, mode: str, gating: str, threshold: Any, gspo: bool) 
                     between="old_rollout", pool="seq_mean")  # fmt: skip
         return {"correction": weight, "gates": (gate,)}
     if level == "seq" or gating not in ("tv", "binary_kl"):
-        raise ValueError(
-            f"is_correction_gating={gating!r} at is_correction_level={level!r} is not covered"
-        )
+        raise ValueError(f"{asked} is not covered")
     stat: Any = gating  # signed here, so the bound stands on both sides
     return {
         "correction": weight,

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from fastgrpo.integrations import areal, ms_swift, prime_rl
-from fastgrpo.integrations.contracts import CONTRACTS, Contract, Signature, contract, installed
+from fastgrpo.integrations.contracts import (
+    CONTRACTS,
+    Contract,
+    HostStatus,
+    Signature,
+    contract,
+    installed,
+)
 from fastgrpo.integrations.swap import Swap
 from tests.integrations.fakes import fake_modules, function_with, method_class
 
@@ -34,6 +41,18 @@ def test_installed_names_what_is_wrong():
 def test_a_host_that_does_not_import_is_a_problem_not_a_crash():
     broken = Contract("torch", "torch", (Signature("torch.no_such_module", "f", ("a",)),))
     assert "No module named" in installed([broken])[0].problem
+
+
+def test_doctor_lists_hosts_and_fails_on_a_mismatch(capsys, monkeypatch):
+    from fastgrpo import doctor
+
+    status = [HostStatus("trl", "1.16.0", None), HostStatus("verl", "0.9", "ImportError: gone")]
+    monkeypatch.setattr(doctor, "installed", lambda: status)
+    assert doctor.main([]) == 1
+    out = capsys.readouterr().out
+    assert "adapter matches" in out
+    assert "adapter does not match: ImportError: gone" in out
+    assert doctor.diagnose().contracts == {}
 
 
 def test_every_contract_can_be_looked_up():

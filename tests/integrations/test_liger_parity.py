@@ -142,8 +142,10 @@ def test_module_on_hidden_states_equals_linear_grpo_loss():
 
 
 def test_luspo_is_where_liger_left_trl():
-    """Liger 0.8.5 takes the mean over B x T of L |o|, with the L of padding in it. TRL >= 1.10 and the paper: the sum over
-    tokens, the mean over sequences. They agree only if L is one number per sequence; our preset is the paper's.
+    """Liger 0.8.5 takes the mean over B x T of L |o|, with the L of padding in it.
+
+    TRL >= 1.10 and the paper: the sum over tokens, the mean over sequences. The two agree only if L is one number per
+    sequence; our preset is the paper's.
     """
     logprob, old, _, advantage, mask = batch_for(1)
     theirs, _ = LigerFusedLinearGRPOFunction.ppo_loss_fn(

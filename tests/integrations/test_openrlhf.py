@@ -126,7 +126,7 @@ def test_log_probs_from_logits(host):
     ("arguments", "message"),
     [
         ({"policy_loss_type": "cispo"}, "policy_loss_type"),
-        ({"is_correction_level": "seq", "is_correction_mode": "clip"}, "is_correction_mode=clip"),
+        ({"is_correction_level": "seq", "is_correction_mode": "clip"}, "clip needs level token"),
         (
             {
                 "is_correction_level": "seq",
@@ -135,7 +135,7 @@ def test_log_probs_from_logits(host):
             },
             "is not covered",
         ),
-        ({"is_correction_level": "prompt"}, "is_correction_level"),
+        ({"is_correction_level": "prompt"}, "is unknown"),
     ],
 )
 def test_what_is_not_covered_is_named(arguments, message):
