@@ -2,6 +2,9 @@
 #
 #   make train      train the default job                 make build      recompile what changed in csrc/
 #   make test       lint, static GPU checks, all tests    make test-full  the slow tests as well
+#   make bench      every provider on this machine (BENCH="--quick" for a minute); results in runs/bench
+#   make gpu-check  proof on a machine with an NVIDIA GPU, in 9 minutes (GPU_CHECK=--dry-run rehearses on a CPU)
+#   make callgrind  instruction counts of the CPU kernels against the committed baseline
 #
 # TORCH_INDEX=<url>  takes torch from another index, for instance one with its smaller CPU build
 # WORKERS=<n>        pytest processes (2)
@@ -20,7 +23,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := env
-.PHONY: env build train test test-full lint static pytest pytest-interpreter clean
+.PHONY: env build train test test-full lint static pytest pytest-interpreter bench gpu-check callgrind clean
 
 env: $(STAMP)
 
@@ -63,6 +66,17 @@ test: lint static pytest pytest-interpreter
 
 test-full: SELECT = -m "slow or not slow"
 test-full: test
+
+bench: build
+	$(BIN)/fastgrpo bench --out runs/bench $(BENCH)
+
+# Without .venv: the machine's own python3 has the torch that knows its GPU.
+gpu-check:
+	benchmarks/gpu_check.sh $(GPU_CHECK)
+
+# Exit code 77: nothing to count with, said loudly.
+callgrind: build
+	$(BIN)/python -m benchmarks.callgrind_gate || [ $$? -eq 77 ]
 
 clean:
 	rm -rf build dist *.egg-info fastgrpo/*.so .mypy_cache .pytest_cache .ruff_cache
