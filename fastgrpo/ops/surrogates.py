@@ -45,7 +45,9 @@ def run_grpo_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, T
     )
     if dlogits.numel():
         scale = grad_scale if grad_scale.numel() else 1.0
-        dentropy = -entropy_weight * scale if entropy_weight.numel() else entropy_weight
+        dentropy = entropy_weight
+        if entropy_weight.numel():
+            dentropy = torch.where(mask, -entropy_weight * scale, 0.0)
         token_logprob_bwd(
             logits, token_ids, temperature, logit_params, logprob, entropy, lse, dlogprob * scale, dentropy, dlogits
         )  # fmt: skip
