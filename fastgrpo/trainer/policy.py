@@ -1,7 +1,7 @@
 """The model as the trainer sees it: a module whose forward ends in log-probabilities or in the loss.
 
-The head and the loss run inside `forward`, never on its result. So the hooks of DDP and FSDP fire once around all of
-it, a sharded head is gathered once, and no caller ever holds `[tokens, vocabulary]` logits.
+The head and the loss run inside `forward`, never on its result: the hooks of DDP and FSDP fire once around all of it,
+and a sharded head is gathered once. `[tokens, vocabulary]` logits never exist as a whole.
 """
 
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.functional.token_logprob import token_logprob
-from fastgrpo.losses import PolicyLoss, grpo_loss
+from fastgrpo.functional.linear_token_logprob import linear_token_logprob
+from fastgrpo.linear_losses import linear_grpo_loss
+from fastgrpo.losses import PolicyLoss
 from fastgrpo.objective import Objective
 from fastgrpo.trainer.batch import TokenBatch
 
@@ -22,14 +23,13 @@ class Policy(nn.Module):
         super().__init__()
         self.model: Any = model
         self.temperature = temperature
-        self.head = head_options(self.model.config)
+        self.head_options = head_options(self.model.config)
 
-    def logits(self, batch: TokenBatch) -> Tensor:  # [N, V]
-        """The head's output at the positions that predict a completion token."""
-        hidden = self.model.get_decoder()(input_ids=batch.input_ids, use_cache=False)[0]
-        head = self.model.get_output_embeddings()
-        logits: Tensor = head(hidden.flatten(0, 1)[batch.predict])
-        return logits
+    def hidden(self, batch: TokenBatch) -> Tensor:  # [N, H]
+        """Last hidden states at the positions that predict a completion token."""
+        states = self.model.get_decoder()(input_ids=batch.input_ids, use_cache=False)[0]
+        rows: Tensor = states.flatten(0, 1)[batch.predict]
+        return rows
 
     def forward(
         self,
@@ -42,13 +42,13 @@ class Policy(nn.Module):
         normalizer: Tensor | None = None,
     ) -> PolicyLoss | Tensor:
         """The loss of a micro-batch, or `[N]` log-probabilities if no advantage is given."""
-        logits = self.logits(batch)
+        hidden, head = self.hidden(batch), self.model.get_output_embeddings()
+        options = {"bias": head.bias, "temperature": self.temperature, **self.head_options}
         if advantage is None or objective is None:
-            return token_logprob(
-                logits, batch.token_ids, temperature=self.temperature, **self.head
-            ).logprob
-        return grpo_loss(
-            logits,
+            return linear_token_logprob(hidden, head.weight, batch.token_ids, **options).logprob
+        return linear_grpo_loss(
+            hidden,
+            head.weight,
             batch.token_ids,
             advantage,
             torch.ones_like(batch.token_ids, dtype=torch.bool),
@@ -56,10 +56,8 @@ class Policy(nn.Module):
             ref_logprob=ref_logprob,
             objective=objective,
             normalizer=normalizer,
-            temperature=self.temperature,
             cu_seqlens=batch.cu_seqlens,
-            overwrite_logits=logits.requires_grad,
-            **self.head,
+            **options,
         )
 
 
