@@ -337,7 +337,9 @@ def test_mismatch_metrics():
 def test_missing_tensors_are_named():
     b = make_batch(seed=13)
     corrected = Objective.grpo().replace(correction=Correction())
-    gated_by_rollout = Objective.grpo().replace(gates=(Gate(stat="k1", high=1.0, between="theta_rollout"),))
+    gated_by_rollout = Objective.grpo().replace(
+        gates=(Gate(stat="k1", high=1.0, between="theta_rollout"),)
+    )
     for objective in (corrected, gated_by_rollout):
         with pytest.raises(ValueError, match="rollout_logprob is required"):
             policy_loss(b.logprob, b.advantage, b.mask, old_logprob=b.old, objective=objective)

@@ -8,12 +8,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'fastgrpo[integrations]'")
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils
 
 import fastgrpo.integrations.trl as door
+from fastgrpo.integrations.trl_loss import LossRequest
 from tests.integrations import tiny
 
 pytestmark = [
@@ -212,3 +214,121 @@ def test_the_door_changes_nothing_but_the_kernel(name, models, tmp_path):
 @pytest.mark.parametrize("name", MORE)
 def test_the_door_on_further_configurations(name, models, tmp_path):
     compare(models, tmp_path, MORE[name], Enabled)
+
+
+# What a laptop cannot produce by itself: a sampler's log-probs, tool results, rows compacted as on a GPU -------------
+
+
+def scripted_rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+    """Completions from the prompt alone, with log-probs of a sampler and tool results that are not trained on."""
+    seen: dict[str, int] = {}
+    found: dict[str, list] = {
+        "prompt_ids": [],
+        "completion_ids": [],
+        "logprobs": [],
+        "env_mask": [],
+    }
+    for prompt in prompts:
+        turn = seen[prompt] = seen.get(prompt, -1) + 1
+        ids = trainer.processing_class(prompt)["input_ids"]
+        first = sum(ids) + 5 * turn
+        completion = [3 + (first + 7 * k) % 33 for k in range(3 + first % 3)] + [1]
+        found["prompt_ids"].append(ids)
+        found["completion_ids"].append(completion)
+        found["logprobs"].append([-2.0 - 0.3 * ((first + k) % 4) for k in range(len(completion))])
+        found["env_mask"].append([int(k % 3 != 1) for k in range(len(completion))])
+    return found
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("grpo", marks=SLOW)])
+def test_tool_results_and_a_samplers_log_probs(loss_type, models, tmp_path):
+    """The tool mask leaves tokens out of the loss that are still scored; the off-policy mask asks the sampler."""
+    options = {
+        "loss_type": loss_type,
+        "off_policy_mask_threshold": 0.3,
+        "entropy_coef": 0.01,
+        "beta": 0.05,
+    }
+    theirs = make_trainer(
+        GRPOTrainer, models, tmp_path / "theirs", options, rollout_func=scripted_rollout
+    )
+    wanted = history(theirs)
+    ours = make_trainer(
+        door.FastGRPOTrainer, models, tmp_path / "ours", options, rollout_func=scripted_rollout
+    )
+    assert_same(history(ours), wanted)
+    assert ours.delegates is None
+
+
+def as_if_sampled_by_vllm(mode: str):
+    """A mixin that adds to each micro-batch what TRL adds under vLLM; vLLM itself has no CPU wheel."""
+
+    class Sampled:
+        def _compute_loss(self, model, inputs):
+            self.use_vllm = self.args.use_vllm = True
+            self.args.vllm_importance_sampling_mode = mode
+            self.args.vllm_importance_sampling_clip_max = 1.3
+            mask = inputs["completion_mask"]
+            with torch.no_grad():
+                ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+                attention = torch.cat([inputs["prompt_mask"], mask], 1)
+                old, _, _ = self._get_per_token_logps_and_entropies(
+                    model, ids, attention, mask.shape[1]
+                )
+            g = torch.Generator().manual_seed(int(ids.sum()))
+            diff = 0.2 * torch.randn(old.shape, generator=g) * mask
+            weight = (diff.sum(-1, keepdim=True) if mode.startswith("sequence") else diff).exp()
+            if mode.endswith("mask"):
+                weight = weight.masked_fill(weight > 1.3, 0.0)
+            sampled = {
+                "old_per_token_logps": old,
+                "sampling_per_token_logps": old - diff,
+                "importance_sampling_ratio": weight.clamp(max=1.3),
+            }
+            try:
+                return super()._compute_loss(model, {**inputs, **sampled})
+            finally:
+                self.use_vllm = False  # generation stays with transformers
+
+    return Sampled
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "mode"),
+    [
+        ("dapo", "sequence_mask"),
+        ("vespo", "token_truncate"),
+        pytest.param("grpo", "token_truncate", marks=SLOW),
+        pytest.param("vespo", "token_mask", marks=SLOW),
+    ],
+)
+def test_importance_weights_of_vllm(loss_type, mode, models, tmp_path):
+    mixin, options = as_if_sampled_by_vllm(mode), {"loss_type": loss_type}
+    runs = []
+    for base in (GRPOTrainer, door.FastGRPOTrainer):
+        trainer = make_trainer(
+            type("Run", (mixin, base), {}), models, tmp_path / base.__name__, options
+        )
+        runs.append(history(trainer))
+    assert trainer.delegates is None
+    assert_same(runs[1], runs[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma2-gspo", pytest.param("dapo", marks=SLOW), pytest.param("lora", marks=SLOW)]
+)
+def test_rows_compacted_as_on_a_gpu(name, models, tmp_path, monkeypatch):
+    """TRL sends only the scored rows to the head on CUDA: the packed form of the request."""
+    wanted = history(make_trainer(GRPOTrainer, models, tmp_path / "theirs", CORE[name]))
+    ours = make_trainer(door.FastGRPOTrainer, models, tmp_path / "ours", CORE[name])
+    monkeypatch.setattr(utils, "_use_triton", lambda device: True)
+    packed = []
+    original = LossRequest._packed
+    monkeypatch.setattr(
+        LossRequest, "_packed", lambda self, x: packed.append(1) or original(self, x)
+    )
+    assert_same(history(ours), wanted)
+    assert packed, "the request was not served in its packed form"
