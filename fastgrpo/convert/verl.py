@@ -96,7 +96,7 @@ def objective_from_verl(
     if uses_kl and (mode == "dro" or changes["reduce"] != reduce):
         raise ValueError(
             f"use_kl_loss=True with policy_loss.loss_mode={mode!r} and loss_agg_mode="
-            f"{read(config, 'loss_agg_mode')!r} is not covered: the KL term would need a reduction of its own"
+            f"{read(config, 'loss_agg_mode', 'token-mean')!r} is not covered: the KL term would need a reduction of its own"
             if mode != "dro"
             else "use_kl_loss=True with policy_loss.loss_mode='dro' is not covered: dro already pulls to the old policy"
         )
