@@ -159,7 +159,7 @@ REFUSED = {
     "kl": ({**CONFIG, "use_kl_loss": True, "kl_loss_type": "full"}, None, "kl_loss_type"),
     "dro": ({**CONFIG, "policy_loss": {"loss_mode": "dro"}}, None, "dro_beta must be > 0"),
     "dro-kl": (options("dro", use_kl_loss=True), None, "already pulls to the old policy"),
-    "sapo-kl": (options("sapo", use_kl_loss=True), None, "a reduction of its own"),
+    "sapo-kl": (options("sapo", use_kl_loss=True), None, "has one of its own"),
     "level": (CONFIG, {"rollout_is": "prompt"}, "rollout_is must be"),
     "threshold": (
         CONFIG,

@@ -92,13 +92,14 @@ def objective_from_verl(
     own_gates = changes.get("gates", ())
     changes = {**{"reduce": reduce, "kl": _kl(config)}, **changes, **correction}
     changes["gates"] = own_gates + correction.get("gates", ())
-    uses_kl = read(config, "use_kl_loss", False)
-    if uses_kl and (mode == "dro" or changes["reduce"] != reduce):
+    if read(config, "use_kl_loss", False) and mode == "dro":
         raise ValueError(
-            f"use_kl_loss=True with policy_loss.loss_mode={mode!r} and loss_agg_mode="
-            f"{read(config, 'loss_agg_mode', 'token-mean')!r} is not covered: the KL term would need a reduction of its own"
-            if mode != "dro"
-            else "use_kl_loss=True with policy_loss.loss_mode='dro' is not covered: dro already pulls to the old policy"
+            "use_kl_loss=True with policy_loss.loss_mode='dro' is not covered: dro already pulls to the old policy"
+        )
+    if read(config, "use_kl_loss", False) and changes["reduce"] != reduce:
+        raise ValueError(
+            f"use_kl_loss=True with policy_loss.loss_mode={mode!r} is not covered: the mode forces a reduction and "
+            "verl's KL term has one of its own"
         )
     coefficient = read(config, "entropy_coeff", 0.0)
     own = reduce if changes["reduce"] != reduce else None
