@@ -110,12 +110,12 @@ def _row_kernel(
         return
     token_id = tl.load(token_ids_ptr + row)
     target = tl.minimum(tl.maximum(token_id, 0), n_cols - 1).to(tl.int32)
-    c, inner, softcap, slope = load_units(
+    c, slope, slope_low, inner, softcap, dx_dz = load_units(
         row, temperature_ptr, temperature_stride, logit_params_ptr, NUM_LOGIT_PARAMS
     )
     row_ptr = row_pointer(logits_ptr, row, stride_n, ALIGNED, VEC)
     logprob, entropy, lse = row_statistics(
-        row_ptr, target, n_cols, c, inner, softcap,
+        row_ptr, target, n_cols, c, slope, slope_low, inner, softcap,
         ALIGNED, NUM_LOGIT_PARAMS >= 2, ENTROPY, ROWS, VEC, LOADS, "evict_last" if GRADIENT else "",
     )  # fmt: skip
     bad_id = token_id != target
@@ -137,7 +137,7 @@ def _row_kernel(
         if (dlogprob == 0) & (dentropy == 0):
             zero_row(out_ptr, n_cols, ALIGNED, SAME_SHIFT, ROWS, VEC)
         else:
-            a, b, d_target = gradient_coefficients(logprob, entropy, dlogprob, dentropy, slope)
+            a, b, d_target = gradient_coefficients(logprob, entropy, dlogprob, dentropy, dx_dz)
             row_gradient(
                 row_ptr, out_ptr, target, n_cols, c, inner, softcap, logprob, lse, a, b, d_target,
                 ALIGNED, SAME_SHIFT, NUM_LOGIT_PARAMS >= 2, PRESENT[6], ROWS, VEC, LOADS, "evict_first",

@@ -12,7 +12,7 @@ Units as in the reference: u = z or softcap * tanh(scale * z / softcap), x = u *
 import triton
 import triton.language as tl
 
-from fastgrpo.kernels.numerics import LN2, log1p_unit, tanh_and_slope
+from fastgrpo.kernels.numerics import LN2, exp, log1p_unit, tanh_and_slope
 
 # v = -inf has exp2(v) = 0, but 0 * -inf is NaN: v is floored before it is multiplied. exp2(-2000) is 0 in float64 too.
 FLOOR = tl.constexpr(-2000.0)
@@ -175,7 +175,7 @@ def _exact_sums(
 
 @triton.jit
 def row_statistics(
-    row_ptr, target, n_cols, c, inner, softcap,
+    row_ptr, target, n_cols, c, slope, slope_low, inner, softcap,
     ALIGNED: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
     LOADS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
@@ -223,26 +223,36 @@ def row_statistics(
     rest = tl.sum(s, axis=0)
     weighted = tl.sum(w, axis=0)
     v_target = tl.fma(u_target, c, -k)
+    residue = k.to(tl.float64) - origin.to(tl.float64) * c.to(tl.float64)
     total = rest + tl.exp2(v_target)
     if not ((total > SUM_LOW) & (total < SUM_HIGH)):
         origin, rest, weighted = _exact_sums(
             base_ptr, shift, target, n_cols, c, inner, softcap, ALIGNED, SOFTCAP, ENTROPY, ROWS, VEC
         )
         v_target = (u_target - origin) * c
-    return _finish(rest, weighted, v_target, origin, c)
+        residue = tl.where(total == total, 0.0, 0.0).to(tl.float64)
+    return _finish(rest, weighted, v_target, u_target, origin, residue, c, slope, slope_low)
 
 
 @triton.jit
-def _finish(rest, weighted, v_target, origin, c):
-    """Log-prob = -softplus(log rest - v_target), entropy and lse from the sums without the target."""
+def _finish(rest, weighted, v_target, u_target, origin, residue, c, slope, slope_low):
+    """Log-prob = -softplus(log rest - x_target), entropy and lse from the sums without the target.
+
+    A handful of float64 operations per row: in float32 the distance of an unlikely target would be rounded thrice.
+    `residue` is what rounding left between k and origin * c; slope + slope_low is dx/du.
+    """
     log2_rest = tl.log2(rest)
-    excess = log2_rest - v_target
-    softplus = tl.maximum(excess, 0.0) * LN2 + log1p_unit(tl.exp2(-tl.abs(excess)))
-    logprob = 0.0 - tl.where(excess == excess, softplus, excess)
+    x_target = (u_target.to(tl.float64) - origin.to(tl.float64)) * (
+        slope.to(tl.float64) + slope_low.to(tl.float64)
+    )
+    excess = (log2_rest.to(tl.float64) + residue) * LN2 - x_target
+    correction = log1p_unit(exp(-tl.abs(excess).to(c.dtype)))
+    softplus = tl.maximum(excess, 0.0) + correction.to(tl.float64)
+    logprob = (0.0 - tl.where(excess == excess, softplus, excess)).to(c.dtype)
 
     # entropy = log total - mean of v, both counted from the larger of the two parts: a confident row cancels nothing
     larger = tl.maximum(log2_rest, v_target)
-    beyond = log1p_unit(tl.exp2(-tl.abs(excess))) / LN2
+    beyond = correction / LN2
     e_target = tl.exp2(v_target)
     total = rest + e_target
     spread = tl.where(
@@ -252,5 +262,5 @@ def _finish(rest, weighted, v_target, origin, c):
     )
     entropy = (beyond + spread / total) * LN2
     faulty = logprob != logprob
-    lse = tl.where(faulty, logprob, origin + (larger + beyond) / c)
-    return logprob, tl.where(faulty, logprob, entropy), lse
+    lse = origin.to(tl.float64) + ((larger + beyond + residue.to(c.dtype)) / c).to(tl.float64)
+    return logprob, tl.where(faulty, logprob, entropy), tl.where(faulty, logprob, lse.to(c.dtype))

@@ -19,22 +19,25 @@ from fastgrpo.kernels.row_gradient import row_gradient, zero_row
 def load_units(
     row, temperature_ptr, temperature_stride, logit_params_ptr, NUM_LOGIT_PARAMS: tl.constexpr
 ):
-    """Return c = log2(e) * scale / temperature, or log2(e) / temperature under a softcap, then scale / softcap, softcap
-    and scale / temperature.
+    """Return c = log2(e) * dx/du, dx/du as the sum of two numbers, scale / softcap, softcap, and dx/dz.
+
+    dx/du is scale / temperature, or 1 / temperature under a softcap, where dx/dz lacks the tanh's slope.
     """
     temperature = tl.load(temperature_ptr + row * temperature_stride)
     scale = temperature * 0.0 + 1.0
     inner = scale
     softcap = scale
+    numerator = scale
     if NUM_LOGIT_PARAMS >= 1:
         scale = tl.load(logit_params_ptr)
-    slope = scale / temperature
-    c = slope * LOG2E
+        numerator = scale
     if NUM_LOGIT_PARAMS >= 2:
         softcap = tl.load(logit_params_ptr + 1)
         inner = scale / softcap
-        c = LOG2E / temperature
-    return c, inner, softcap, slope
+        numerator = temperature * 0.0 + 1.0
+    slope = numerator / temperature
+    slope_low = tl.fma(-slope, temperature, numerator) / temperature
+    return slope * LOG2E, slope, slope_low, inner, softcap, scale / temperature
 
 
 @triton.jit
@@ -53,11 +56,12 @@ def _forward_kernel(
         return
     token_id = tl.load(token_ids_ptr + row)
     target = tl.minimum(tl.maximum(token_id, 0), n_cols - 1).to(tl.int32)
-    c, inner, softcap, _ = load_units(
+    c, slope, slope_low, inner, softcap, _ = load_units(
         row, temperature_ptr, temperature_stride, logit_params_ptr, NUM_LOGIT_PARAMS
     )
     logprob, entropy, lse = row_statistics(
-        row_pointer(logits_ptr, row, stride_n, ALIGNED, VEC), target, n_cols, c, inner, softcap,
+        row_pointer(logits_ptr, row, stride_n, ALIGNED, VEC), target, n_cols, c,
+        slope, slope_low, inner, softcap,
         ALIGNED, NUM_LOGIT_PARAMS >= 2, ENTROPY, ROWS, VEC, LOADS, "",
     )  # fmt: skip
     bad_id = token_id != target
@@ -104,7 +108,7 @@ def _backward_kernel(
         return
     target = tl.load(token_ids_ptr + row)
     target = tl.minimum(tl.maximum(target, 0), n_cols - 1).to(tl.int32)
-    c, inner, softcap, slope = load_units(
+    c, _, _, inner, softcap, slope = load_units(
         row, temperature_ptr, temperature_stride, logit_params_ptr, NUM_LOGIT_PARAMS
     )
     a, b, d_target = gradient_coefficients(logprob, entropy, dlogprob, dentropy, slope)
