@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from numbers import Real
+from types import UnionType
+from typing import Literal, TypeVar, get_args, get_origin
 
 from fastgrpo.spec import KLGrad, Pool, Stat, When
 
@@ -10,11 +12,49 @@ Interval = tuple[float, float]
 INF = math.inf
 ANY: Interval = (-INF, INF)
 
+Record = TypeVar("Record")
+_KINDS: dict[str, dict[str, tuple[type, ...]]] = {}
+
 
 def require(condition: bool, rule: str, value: object) -> None:
     """Raise ValueError with the rule unless the condition holds."""
     if not condition:
         raise ValueError(f"{rule}, got {value!r}")
+
+
+def number(name: str, value: object) -> None:
+    """Raise TypeError unless the value is a real number; text, as a configuration file may hold it, is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+
+
+def typed(record: type[Record]) -> type[Record]:
+    """Class decorator: keeps which types each field of a dataclass may have, for `check_types`."""
+    kinds = {}
+    for f in fields(record):  # type: ignore[arg-type]
+        parts = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
+        if Interval in parts:  # `interval` tells it better
+            continue
+        known = (part if isinstance(part, type) else get_origin(part) for part in parts)
+        kinds[f.name] = tuple(kind for kind in known if isinstance(kind, type))
+    _KINDS[record.__name__] = {name: allowed for name, allowed in kinds.items() if allowed}
+    return record
+
+
+def check_types(record: object) -> None:
+    """Raise TypeError unless every field has the type that it declares (choices by name are checked apart)."""
+    owner = type(record).__name__
+    for name, kinds in _KINDS[owner].items():
+        value = getattr(record, name)
+        if value is None and type(None) in kinds:
+            continue
+        if float in kinds:
+            number(f"{owner}.{name}", value)
+        elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+            raise TypeError(
+                f"{owner}.{name} must be {wanted}, got {type(value).__name__} {value!r}"
+            )
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -24,8 +64,11 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def interval(name: str, value: Interval) -> None:
     """Raise unless the value is a pair (low, high) with low <= high."""
-    ok = isinstance(value, tuple) and len(value) == 2 and value[0] <= value[1]
-    require(ok, f"{name} must be a pair (low, high) with low <= high", value)
+    rule = f"{name} must be a pair (low, high) with low <= high"
+    require(isinstance(value, tuple) and len(value) == 2, rule, value)
+    for limit in value:
+        number(f"{name} limit", limit)
+    require(value[0] <= value[1], rule, value)
 
 
 def positive_number(name: str, value: float) -> None:
@@ -33,6 +76,7 @@ def positive_number(name: str, value: float) -> None:
     require(value > 0, f"{name} must be > 0", value)
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid:
     """Soft bound of SAPO: weight = 4 / tau * sigmoid(tau * (r - 1)), tau by the sign of the advantage."""
@@ -42,10 +86,12 @@ class Sigmoid:
 
     def __post_init__(self) -> None:
         """Check the temperatures."""
+        check_types(self)
         positive_number("Sigmoid.positive", self.positive)
         positive_number("Sigmoid.negative", self.negative)
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class Gamma:
     """Weight of VESPO: r^k * exp(lambda * (1 - r)), (k, lambda) by the sign of the advantage."""
@@ -56,9 +102,14 @@ class Gamma:
     def __post_init__(self) -> None:
         """Check that every parameter is positive."""
         for name, pair in (("positive", self.positive), ("negative", self.negative)):
-            require(len(pair) == 2 and min(pair) > 0, f"Gamma.{name} must be two numbers > 0", pair)
+            rule = f"Gamma.{name} must be two numbers > 0"
+            require(isinstance(pair, tuple) and len(pair) == 2, rule, pair)
+            for value in pair:
+                number(f"Gamma.{name} entry", value)
+                require(value > 0, rule, pair)
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class Gate:
     """Remove tokens whose statistic lies outside [low, high].
@@ -77,6 +128,7 @@ class Gate:
 
     def __post_init__(self) -> None:
         """Check names and bounds."""
+        check_types(self)
         choice("Gate.stat", self.stat, tuple(s.name.lower() for s in Stat))
         choice("Gate.between", self.between, ("theta_old", "theta_rollout", "old_rollout"))
         choice("Gate.pool", self.pool, tuple(s.name.lower() for s in Pool))
@@ -95,6 +147,7 @@ class Gate:
                  "Gate.stat='entropy' measures the policy: use between='theta_old'", self.between)  # fmt: skip
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class Correction:
     """Weight for the mismatch between the trainer's old policy and the sampler: w = exp(old - rollout), detached.
@@ -115,6 +168,7 @@ class Correction:
 
     def __post_init__(self) -> None:
         """Check names and bounds."""
+        check_types(self)
         choice("Correction.level", self.level, ("token", "seq_sum", "seq_mean"))
         choice("Correction.mode", self.mode, ("truncate", "mask"))
         choice("Correction.applies_to", self.applies_to, ("policy", "policy_and_kl"))
@@ -126,6 +180,7 @@ class Correction:
         require(alone or not self.bypass, "Correction.bypass excludes the other fields", self)
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class KL:
     """KL term beta * estimator(policy, target); DeepSeekMath Eq. 4 is k3 towards the reference.
@@ -144,6 +199,7 @@ class KL:
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
+        check_types(self)
         require(0 <= self.beta < INF, "KL.beta must be finite and >= 0", self.beta)
         choice("KL.estimator", self.estimator, ("k1", "k2", "k3", "abs"))
         choice("KL.gradient", self.gradient, tuple(g.name.lower() for g in KLGrad))
@@ -154,6 +210,7 @@ class KL:
         positive_number("KL.ratio_cap", self.ratio_cap)
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class Reduce:
     """From token losses to the loss: the weight of each live token, 1 / D times a factor of its sequence.
@@ -174,6 +231,7 @@ class Reduce:
 
     def __post_init__(self) -> None:
         """Check that `length` is there exactly when it is used."""
+        check_types(self)
         choice("Reduce.per", self.per, ("token", "sequence", "prompt", "constant"))
         require(math.isfinite(self.power), "Reduce.power must be finite", self.power)
         if self.per != "sequence":

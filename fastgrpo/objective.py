@@ -23,9 +23,12 @@ from fastgrpo.choices import (
     Interval,
     Reduce,
     Sigmoid,
+    check_types,
     choice,
     interval,
+    number,
     require,
+    typed,
 )
 from fastgrpo.encoding import Encoded
 from fastgrpo.spec import MAX_GATES, Level
@@ -36,6 +39,12 @@ if TYPE_CHECKING:
 
 def _clip(low: float, high: float, delta: float | None = None) -> dict[str, Any]:
     """PPO bounds; `delta` caps the unclipped branch of min(r A, clip(r) A), whatever the sign of A."""
+    for name, value in (
+        ("epsilon_low", low),
+        ("epsilon_high", high),
+        ("delta", 1.0 if delta is None else delta),
+    ):
+        number(name, value)
     require(0 <= low < 1, "epsilon_low must be in [0, 1)", low)
     require(high >= 0, "epsilon_high must be >= 0", high)
     require(delta is None or delta > 0, "delta must be > 0", delta)
@@ -43,6 +52,7 @@ def _clip(low: float, high: float, delta: float | None = None) -> dict[str, Any]
     return {"positive": (-INF, min(1 + high, stop)), "negative": (1 - low, max(1 + high, stop))}
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class Objective(Encoded):
     """What is optimised, as independent choices; build it from a preset and `replace` fields, or field by field.
@@ -73,6 +83,7 @@ class Objective(Encoded):
 
     def __post_init__(self) -> None:
         """Reject what cannot be meant."""
+        check_types(self)
         choice("level", self.level, tuple(x.name.lower() for x in Level))
         choice("pool_grad", self.pool_grad, ("shared", "local"))
         for name in ("positive", "negative", "pool_bounds"):

@@ -69,7 +69,7 @@ OBJECTIVES = {
     "gate without bounds": (lambda: Gate(stat="k1"), "Gate needs low or high: without a bound it never closes"),
     "gate bounds": (lambda: Gate(stat="k1", low=1.0, high=0.0), r"Gate \(low, high\) must be a pair"),
     "mask scope": (lambda: Gate(stat="k1", high=1.0, scope="mask"), "Gate.scope='mask' needs between='old_rollout'"),
-    "entropy gate": (lambda: Gate(stat="entropy", low=0.1, between="old_rollout"), "Gate.stat='entropy' measures the policy"),
+    "entropy gate": (lambda: Gate(stat="entropy", low=1.0, between="old_rollout"), "Gate.stat='entropy' measures"),
     "correction level": (lambda: Correction(level="word"), "Correction.level must be one of token, seq_sum"),
     "correction mode": (lambda: Correction(mode="clip"), "Correction.mode must be one of truncate, mask"),
     "correction bounds": (lambda: Correction(low=-0.5), "Correction.low must be >= 0, got -0.5"),
@@ -81,6 +81,70 @@ OBJECTIVES = {
     "sigmoid": (lambda: Sigmoid(negative=-1.0), "Sigmoid.negative must be > 0, got -1.0"),
     "gamma": (lambda: Gamma(positive=(0.0, 1.0)), "Gamma.positive must be two numbers > 0"),
 }  # fmt: skip
+
+
+# What a configuration file or a command line may hand over: text, flags, a number where a record belongs.
+OBJECTIVE_TYPES = {
+    "epsilon": (
+        lambda: Objective.grpo(epsilon="0.2"),
+        "epsilon_low must be a number, got str '0.2'",
+    ),
+    "epsilon_high": (
+        lambda: Objective.dapo(epsilon_high=None),
+        "epsilon_high must be a number, got NoneType None",
+    ),
+    "delta": (lambda: Objective.grpo(delta="2"), "delta must be a number, got str '2'"),
+    "beta": (lambda: Objective.grpo(beta="0.04"), "KL.beta must be a number, got str '0.04'"),
+    "kl": (lambda: Objective(kl=0.04), "Objective.kl must be KL, got float 0.04"),
+    "reduce": (
+        lambda: Objective(reduce="token"),
+        "Objective.reduce must be Reduce, got str 'token'",
+    ),
+    "gates": (
+        lambda: Objective(gates=Gate(stat="k1", high=1.0)),
+        "Objective.gates must be tuple, got Gate",
+    ),
+    "shape": (
+        lambda: Objective(shape="sigmoid"),
+        "Objective.shape must be Sigmoid or Gamma, got str 'sigmoid'",
+    ),
+    "correction": (
+        lambda: Objective(correction=True),
+        "Objective.correction must be Correction, got bool True",
+    ),
+    "d_clamp": (
+        lambda: Objective(d_clamp="20"),
+        "Objective.d_clamp must be a number, got str '20'",
+    ),
+    "entropy_coef": (
+        lambda: Objective(entropy_coef=True),
+        "Objective.entropy_coef must be a number, got bool True",
+    ),
+    "surrogate": (lambda: Objective(surrogate=3), "Objective.surrogate must be str, got int 3"),
+    "positive": (
+        lambda: Objective(positive=("0", 1.0)),
+        "positive limit must be a number, got str '0'",
+    ),
+    "gate": (lambda: Gate(stat="k1", high="1"), "Gate.high must be a number, got str '1'"),
+    "length": (lambda: Objective.dr_grpo(100.5), "Reduce.length must be int, got float 100.5"),
+    "count_empty": (
+        lambda: Reduce(count_empty="no"),
+        "Reduce.count_empty must be bool, got str 'no'",
+    ),
+    "tau": (
+        lambda: Objective.sapo(tau_negative="1"),
+        "Sigmoid.negative must be a number, got str '1'",
+    ),
+    "gamma": (
+        lambda: Gamma(positive=(1.0, "2")),
+        "Gamma.positive entry must be a number, got str '2'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_TYPES)
+def test_objective_refuses_types(name):
+    refused(OBJECTIVE_TYPES[name][0], TypeError, OBJECTIVE_TYPES[name][1])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
