@@ -70,7 +70,7 @@ test-full: test
 bench: build
 	$(BIN)/fastgrpo bench --out runs/bench $(BENCH)
 
-# Without .venv: the machine's own python3 has the torch that knows its GPU.
+# The script takes the python of .venv if there is one, else python3: PYTHON=... says otherwise.
 gpu-check:
 	benchmarks/gpu_check.sh $(GPU_CHECK)
 
