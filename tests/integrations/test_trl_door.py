@@ -421,3 +421,30 @@ def test_two_ranks_equal_one(loss_type, models, tmp_path):
         found.append(torch.tensor(json.loads(line[4:])))
     assert found[0].shape == (3, 5)
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_are_not_the_batchs_are_left_to_the_plain_head():
+    """Prompt-learning PEFT lengthens the sequences: the request does not fit, and nothing is guessed."""
+    from fastgrpo import Objective
+    from fastgrpo.integrations.trl_loss import LossRequest
+
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    request = LossRequest(
+        objective=Objective.grpo(), normalizer=1.0, mask=mask, scored=mask, width=4,
+        advantage=torch.ones(2), old_logprob=None, ref_logprob=None, rollout_logprob=None, token_weight=None,
+    )  # fmt: skip
+    hidden, weight, _, ids = head(rows=11)
+    scaling = {"temperature": 1.0, "logit_scale": 1.0, "logit_softcap": None, "bias": None}
+    assert request.serve(hidden, weight, ids, **scaling) is None
+    assert not request.served
+    with door.serving(request), door.use_fastgrpo():
+        found = utils._ChunkedLogProbFunction.apply(
+            hidden, weight, None, ids, 1.0, 64, None, 1.0, ("log_probs", "entropy")
+        )
+    assert not request.served
+    assert found[0].shape == (11,)
+    logprob, _ = request.serve(
+        hidden[:3], weight, ids[:3], **scaling
+    )  # the three scored rows, packed
+    assert request.served
+    torch.testing.assert_close(logprob, found[0][:3])
