@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastgrpo.bench import step
 from fastgrpo.bench.goals import verdicts
 from fastgrpo.bench.main import cases, main, parser
 from fastgrpo.bench.problems import Case, make_problem
@@ -195,6 +196,25 @@ def test_only_the_backward_is_timed_and_judged():
     assert set(by_name["fastgrpo"].errors) == {"gradient"}
     assert not by_name["fastgrpo"].wrong
     assert by_name["bandwidth floor"].ms > 0
+
+
+def test_stages_of_a_step_come_from_the_trainers_own_times(tmp_path, capsys, monkeypatch):
+    """The trainer, replaced here, times itself; the two backends take turns."""
+
+    def train(job, backend, steps, folder, options):
+        slower = 1 if backend == "auto" else 3
+        return {
+            "generate": [0.1] * steps,
+            "train": [0.2 * slower] * steps,
+            "step_time": [0.5] * steps,
+        }
+
+    monkeypatch.setattr(step, "train", train)
+    assert main(["--what", "step", "--quick", "--job", "copy", "--out", str(tmp_path)]) == 0
+    ours, eager = (json.loads(line) for line in (tmp_path / "step.jsonl").read_text().splitlines())
+    assert ours["seconds"] == {"generate": 0.1, "train": 0.2, "step_time": 0.5}
+    assert eager["seconds"]["train"] == pytest.approx(0.6)
+    assert "600.0" in capsys.readouterr().out
 
 
 def test_unknown_names_are_refused_with_the_known_ones():

@@ -5,6 +5,7 @@ which makes providers that allocate much up to three times faster. A process has
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from itertools import product
@@ -18,8 +19,10 @@ from fastgrpo.bench.problems import Case, preset
 from fastgrpo.bench.report import markdown, plot, print_table
 from fastgrpo.bench.rows import Row, compare, write_jsonl
 from fastgrpo.bench.run import environment, run_case
+from fastgrpo.bench.step import breakdown
 
 KINDS = ("logprob", "loss", "linear", "advantage")
+STEP = "step"  # not a kind of problem but a run of the bundled trainer
 MODES = ("forward", "backward", "train")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ENTROPY = {"off": False, "on": True}
@@ -31,7 +34,12 @@ def parser() -> argparse.ArgumentParser:
         prog="fastgrpo bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
     names = "comma-separated: {}".format
-    p.add_argument("--what", default=",".join(KINDS), help=names(", ".join(KINDS)))
+    p.add_argument(
+        "--what",
+        default=",".join(KINDS),
+        help=names(", ".join(KINDS)) + "; step: stages of a training step, by the bundled trainer",
+    )
+    p.add_argument("--job", default="story", help="what the trainer runs for --what step")
     p.add_argument("--mode", default="forward,train", help=names(", ".join(MODES)))
     p.add_argument(
         "--preset",
@@ -83,7 +91,9 @@ def cases(args: argparse.Namespace) -> list[Case]:
     modes = _listed(args, "mode", MODES)
     hidden, vocabulary = (64, 2048) if args.quick else preset(args.preset)
     found: list[Case] = []
-    for kind in _listed(args, "what", KINDS):
+    for kind in _listed(args, "what", (*KINDS, STEP)):
+        if kind == STEP:
+            continue
         if kind == "advantage":
             found += [Case(kind, "forward", 64 * b, 1, 0, torch.float32) for b in (64, 8192)]
         for dtype in dtypes if kind != "advantage" else ():
@@ -140,7 +150,13 @@ def main(argv: list[str]) -> int:
             args.out.mkdir(parents=True, exist_ok=True)
             write_jsonl(args.out / "results.jsonl", env, rows)
             (args.out / "results.md").write_text(markdown(env, rows, goals))
-    if args.out:
+    if STEP in args.what.split(","):
+        records = breakdown(args.job, 4 if args.quick else 20, print)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(env | record) + "\n" for record in records]
+            (args.out / "step.jsonl").write_text("".join(lines))
+    if args.out and rows:
         files = ["results.jsonl", "results.md"]
         if plot(args.out / "results.png", rows):
             files.append("results.png")
