@@ -52,7 +52,20 @@ JOBS = {
             "eval_questions": 2429,
         },
     ),
+    "gsm8k": Job(
+        "GSM8K's questions with a model of yours (needs --data FILE.jsonl and --model-name-or-path DIR)",
+        {
+            "sft_steps": 0,
+            "max_steps": 500,
+            "max_completion_length": 320,
+            "learning_rate": 1e-6,
+            "per_device_train_batch_size": 8,
+            "eval_questions": 1319,
+            "eval_steps": 50,
+        },
+    ),
 }
+FROM_FILES = ("gsm8k-equations", "gsm8k")
 
 
 def default_config(job: str) -> TrainConfig:
@@ -63,15 +76,17 @@ def default_config(job: str) -> TrainConfig:
 def make_task(config: TrainConfig) -> "Task":
     """The job's problems; reads the user's files if it has any."""
     from fastgrpo.trainer.tasks.copy_digits import CopyDigits
+    from fastgrpo.trainer.tasks.gsm8k import load_gsm8k
     from fastgrpo.trainer.tasks.gsm8k_equations import load_equations
     from fastgrpo.trainer.tasks.story import Story
 
-    if config.job == "gsm8k-equations":
+    if config.job in FROM_FILES:
         if config.data is None:
             raise ValueError(
-                "data must name a GSM8K file for the job gsm8k-equations, e.g. --data train.jsonl"
+                f"data must name a GSM8K file for the job {config.job}, e.g. --data train.jsonl"
             )
-        return load_equations(config.data, config.test_data)
+        load = load_gsm8k if config.job == "gsm8k" else load_equations
+        return load(config.data, config.test_data)
     for name in ("data", "test_data"):
         if getattr(config, name) is not None:
             raise ValueError(

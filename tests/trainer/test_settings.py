@@ -42,7 +42,10 @@ def test_a_saved_config_reads_back_the_same(tmp_path):
         ("- a", "expected `option: value` lines, got list"),
         ("seed: [1, 2]", "seed must be a single value, got [1, 2]"),
         ("seed: {", "config file"),
-        ("job: stori", "no job 'stori'. Did you mean 'story'? Jobs: story, copy, gsm8k-equations"),
+        (
+            "job: stori",
+            "no job 'stori'. Did you mean 'story'? Jobs: story, copy, gsm8k-equations, gsm8k",
+        ),
     ],
 )
 def test_a_wrong_file_is_explained(tmp_path, text, message):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.trainer.jobs import JOBS, default_config, make_task
+from fastgrpo.trainer.jobs import FROM_FILES, JOBS, default_config, make_task
 from fastgrpo.trainer.jsonl import DataError
 from fastgrpo.trainer.rewards import ExactAnswer, score
 from fastgrpo.trainer.tasks import copy_digits, gsm8k_equations
@@ -229,7 +229,7 @@ def test_equations_of_the_real_files_are_true_and_tokenised():
 def test_every_job_has_defaults_and_says_what_it_needs():
     for job in JOBS:
         config = default_config(job)
-        if job == "gsm8k-equations":
+        if job in FROM_FILES:
             with pytest.raises(ValueError, match="data must name a GSM8K file"):
                 make_task(config)
         else:
