@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastgrpo.functional.first_order import first_order_only
 from fastgrpo.functional.linear.gradients import Needs, Originals
 from fastgrpo.functional.linear.inputs import LinearOptions, make_head, product_dtype
 from fastgrpo.functional.linear.loss import Formula, Outcome, TokenInputs, linear_loss
@@ -63,7 +63,7 @@ class LinearGRPOLossFunction(torch.autograd.Function):
         return outcome.loss, *results
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the stored gradients times dloss / grad_scale, scaled in place on the device.
 

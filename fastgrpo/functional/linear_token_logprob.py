@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgrpo.functional.checks import (
     as_mask,
@@ -14,6 +13,7 @@ from fastgrpo.functional.checks import (
     require_flag,
     require_token_ids,
 )
+from fastgrpo.functional.first_order import first_order_only
 from fastgrpo.functional.linear.gemm import Precision
 from fastgrpo.functional.linear.gradients import Originals
 from fastgrpo.functional.linear.inputs import (
@@ -65,7 +65,7 @@ class LinearTokenLogprobFunction(torch.autograd.Function):
         return scored.logprob, scored.entropy, *extra
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(
         ctx: Any, dlogprob: Tensor | None, dentropy: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:

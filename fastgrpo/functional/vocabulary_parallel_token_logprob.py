@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgrpo.functional.checks import (
     as_mask,
@@ -16,6 +15,7 @@ from fastgrpo.functional.checks import (
     require_flag,
     require_token_ids,
 )
+from fastgrpo.functional.first_order import first_order_only
 from fastgrpo.functional.linear.gemm import Precision
 from fastgrpo.functional.linear.gradients import Originals
 from fastgrpo.functional.linear.inputs import LinearOptions, check_head, make_head, product_dtype
@@ -80,7 +80,7 @@ class VocabularyParallelFunction(torch.autograd.Function):
         return scored.logprob, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(
         ctx: Any, dlogprob: Tensor | None, dentropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
