@@ -97,7 +97,8 @@ bench() {
 if ((dry)); then
   export FASTGRPO_DRY_RUN=1 FASTGRPO_REHEARSE=1 FASTGRPO_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1
   stage about 60 bash -c about
-  stage tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider -p no:warnings tests/gpu -k "token_logprob or linear or advantages or faults or grpo"
+  # Every test once; `FASTGRPO_REHEARSE=1 ... pytest tests/gpu` runs all their values.
+  stage tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider -p no:warnings tests/gpu -k "linear or advantages or faults or grpo-0.04 or 31-dtype1 or True-None or repeats or garbage"
   stage sanitize 60 "$PYTHON" -m tests.gpu.driver cpu
   stage ceilings 60 "$PYTHON" -m benchmarks.gpu.ceilings "$out/ceilings.jsonl"
   stage questions 60 bash -c questions

@@ -17,6 +17,7 @@ class Run(NamedTuple):
 
     threads: int
     environment: dict[str, Any]
+    commits: list[str]
     rows: list[Row]
 
 
@@ -52,7 +53,8 @@ def runs(paths: Iterable[Path]) -> list[Run]:
     for (threads, _), members in sorted(grouped.items()):
         rows = best_allocator(members)
         compare(rows)
-        found.append(Run(threads, members[0][0], rows))
+        commits = list(dict.fromkeys(environment["git"] for environment, _ in members))
+        found.append(Run(threads, members[0][0], commits, rows))
     return found
 
 

@@ -49,7 +49,9 @@ def about(run: Run) -> str:
     on_cpu = (
         f", {run.threads} thread{'s' * (run.threads > 1)}, {e['cpu_isa']}" if e["cpu_isa"] else ""
     )
-    return f"{e['device']}{on_cpu}, {versions}, {e['date'][:10]}, commit {e['git']}"
+    return (
+        f"{e['device']}{on_cpu}, {versions}, {e['date'][:10]}, commit {' and '.join(run.commits)}"
+    )
 
 
 def title(row: Row) -> str:

@@ -152,7 +152,7 @@ def test_command_writes_one_line_per_row(tmp_path, capsys):
 
 
 def _row(provider, ms, active=1.0, **more):
-    case = Case("linear", "train", 256, 1000, 64, torch.bfloat16, active=active)
+    case = Case("linear", "train", 256, 32_000, 64, torch.bfloat16, active=active)
     row = Row.of(case, _provider(provider, None, ours=provider == "fastgrpo"))
     return replace(row, ms=ms, **more)
 
