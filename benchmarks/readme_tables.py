@@ -1,4 +1,4 @@
-"""Fills the blocks `<!-- results:NAME -->` ... `<!-- /results:NAME -->` of the pages from benchmarks/results: no typed figures.
+"""Fills the blocks `<!-- results:NAME -->` ... `<!-- /results:NAME -->` from benchmarks/results: no typed figures.
 
     python -m benchmarks.readme_tables           rewrite README.md and docs/benchmarks.md
     python -m benchmarks.readme_tables --check   exit code 1 if a block is stale

@@ -101,7 +101,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time the contestants in turns A B C A B C ...: at least 3 rounds, at most `rounds`, within the time budget.
 
-    One whose single call takes longer than the budget is timed once: its ratio needs no second digit. Whatever else the machine does then falls on all of them alike, so a ratio of two keeps its meaning.
+    One whose single call takes longer than the budget is timed once: its ratio needs no second digit. Whatever else the
+    machine does falls on all of them alike, so a ratio of two keeps its meaning.
     """
     timings = {name: Timing() for name in contestants}
     slow = set()

@@ -131,8 +131,8 @@ def torch_chunked(problem: Problem) -> Contestant:
     if function is None:
         raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
     # Its documentation: chunking pays from as many rows as the hidden size; below, the plain path is faster.
-    chunked = options is not None and problem.case.tokens >= problem.case.hidden
-    extra: dict[str, Any] = {"options": options()} if chunked else {}
+    pays = problem.case.tokens >= problem.case.hidden
+    extra: dict[str, Any] = {"options": options()} if options is not None and pays else {}
 
     def score(hidden: Tensor, weight: Tensor) -> Tensor:
         rows = hidden.flatten(0, 1)
