@@ -179,7 +179,7 @@ def plot(path: Path, study: dict[str, list[Point]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, len(study), figsize=(3.2 * len(study), 3.2))
     for axis, (op, points) in zip(axes, study.items(), strict=True):
@@ -189,6 +189,10 @@ def plot(path: Path, study: dict[str, list[Point]]) -> None:
         axis.scatter(fitted, ms, s=14, color="#2e86c1")
         axis.set(xscale="log", yscale="log", xlabel="fitted ms")
         axis.set_title(op, fontsize=9)
+        axis.minorticks_off()
+        for line in (axis.xaxis, axis.yaxis):
+            line.set_major_locator(ticker.LogLocator(subs=(1.0, 3.0)))
+            line.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes[0].set_ylabel("measured CPU ms")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -223,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{op:24} {formula}   R2 {r2:.3f}, worst point {worst:.0%} off")
     e = environment(CPU, 0)
     about = (
-        f"{e['device']}, {e['cpu_isa']}, 1 thread, torch {e['versions']['torch']}, {date.today()}, commit {e['git']}; "
+        f"{e['device']}, {e['cpu_isa']}, 1 thread, huge pages {'on' if e['thp'] else 'off'}, torch {e['versions']['torch']}, {date.today()}, commit {e['git']}; "
         "bf16, medians of processor time, R² of the logarithms."
     )
     args.out.mkdir(parents=True, exist_ok=True)

@@ -53,12 +53,20 @@ def environment(device: torch.device, seed: int) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    for line in (
-        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    ):
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    """Name with family and model: virtual machines shorten the name."""
+    info = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    for line in info.read_text().splitlines() if info.exists() else ():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    numbers = (
+        f" (family {fields['cpu family']}, model {fields['model']})"
+        if "cpu family" in fields
+        else ""
+    )
+    return fields["model name"] + numbers
 
 
 def _git_revision() -> str:
