@@ -226,9 +226,10 @@ def main(argv: list[str] | None = None) -> int:
         study[op] = [p | {"fitted_ms": float(f)} for p, f in zip(points, fitted, strict=True)]
         print(f"{op:24} {formula}   R2 {r2:.3f}, worst point {worst:.0%} off")
     e = environment(CPU, 0)
+    pages = "on" if e["thp"] else "off"
     about = (
-        f"{e['device']}, {e['cpu_isa']}, 1 thread, huge pages {'on' if e['thp'] else 'off'}, torch {e['versions']['torch']}, {date.today()}, commit {e['git']}; "
-        "bf16, medians of processor time, R² of the logarithms."
+        f"{e['device']}, {e['cpu_isa']}, 1 thread, huge pages {pages}, torch {e['versions']['torch']}, "
+        f"{date.today()}, commit {e['git']}; bf16, medians of processor time, R² of the logarithms."
     )
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "scaling.json").write_text(
