@@ -39,7 +39,20 @@ def make_advantage(
         group_size=config.num_generations,
         baseline="leave_one_out" if config.objective == "rloo" else "mean",
         scale=config.scale_rewards or own,
+        reward_weights=reward_weights(config),
     )
+
+
+def reward_weights(config: TrainConfig) -> list[float] | None:
+    """The numbers in the option `reward_weights`."""
+    if config.reward_weights is None:
+        return None
+    try:
+        return [float(word) for word in config.reward_weights.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"reward_weights must be numbers with commas between, got {config.reward_weights!r}"
+        ) from None
 
 
 def learning_rate_factor(kind: str, step: int, total: int, warmup: int) -> float:

@@ -43,6 +43,18 @@ class TrainConfig:
     model_name_or_path: str | None = None
     """Folder of a model that `save_pretrained` wrote, to start from instead of making a base."""
 
+    # Rewards (docs/trainer.md)
+    reward: str | None = None
+    """What completions are rewarded for, several with commas between: a reward of the job (exact_answer), think_format,
+    soft_overlong, math_verify, or your own as file.py:function or module:function with TRL's signature. Default: the
+    job's own."""
+    reward_weights: str | None = None
+    """Weights of the rewards, with commas between. Default: 1 each."""
+    reward_timeout: float = 60.0
+    """Seconds that your reward function may take for a batch before its process is killed."""
+    on_reward_fault: Literal["stop", "skip"] = "stop"
+    """When a reward function fails: stop, or skip its scores and say so."""
+
     # Making the base model: supervised fine-tuning on worked examples
     sft_steps: int = 1500
     """Steps of supervised fine-tuning; 0 starts from random weights."""
@@ -161,6 +173,7 @@ class TrainConfig:
             "sft_learning_rate",
             "max_grad_norm",
             "dead_rank_seconds",
+            "reward_timeout",
         ):
             self._require(name, getattr(self, name) > 0, "must be above 0")
         rule = f"must be at most prompts_per_step ({self.prompts_per_step})"

@@ -1,14 +1,22 @@
-"""Scoring completions: reward functions with TRL's signature, and the exact answer."""
+"""Scoring completions: reward functions with TRL's signature, where they run, and what happens when one fails."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fastgrpo.trainer.algorithm import reward_weights
+from fastgrpo.trainer.config import TrainConfig
+from fastgrpo.trainer.reward_library import SoftOverlong, think_format
+from fastgrpo.trainer.reward_process import ProcessReward, RewardFault
 from fastgrpo.trainer.tasks.base import Problem, Reward
 
 NOT_SCORED = float("nan")
+LIBRARY = "fastgrpo.trainer.reward_library"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,25 +41,116 @@ class ExactAnswer:
         ]
 
 
-def score(
-    rewards: Mapping[str, Reward],
-    problems: Sequence[Problem],  # one per completion
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
-) -> Tensor:  # [B, K] float32
-    """Rewards of every completion, one column per reward function; None (not applicable) becomes NaN."""
-    columns = []
-    for name, reward in rewards.items():
-        values = reward(
-            prompts=[p.prompt for p in problems],
-            completions=list(completions),
-            completion_ids=list(completion_ids),
-            answer=[p.answer for p in problems],
-            solution=[p.solution for p in problems],
-        )
-        if len(values) != len(completions):
+@dataclass(slots=True)
+class Rewards:
+    """The reward functions of a run by name; those of the user run in processes of their own, at the same time.
+
+    `faults` and `messages` are those of the last batch.
+    """
+
+    functions: Mapping[str, Reward]
+    on_fault: Literal["skip", "stop"] = "stop"
+    weights: Sequence[float] | None = None  # None: 1 each
+    faults: dict[str, int] = field(default_factory=dict)  # completions that a fault left unscored
+    messages: list[str] = field(default_factory=list)  # what went wrong
+
+    def __post_init__(self) -> None:
+        """Check that there is a weight for each."""
+        if self.weights is not None and len(self.weights) != len(self.functions):
             raise ValueError(
-                f"reward {name} must return {len(completions)} values, got {len(values)}"
+                f"reward_weights must hold one number per reward ({len(self.functions)}), got {len(self.weights)}"
             )
-        columns.append([NOT_SCORED if v is None else float(v) for v in values])
-    return torch.tensor(columns).T.contiguous()
+
+    def score(
+        self,
+        problems: Sequence[Problem],  # one per completion
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+    ) -> Tensor:  # [B, K] float32
+        """One column per function. NaN: not applicable (it returned None), or a fault that is skipped.
+
+        Raises:
+            RewardFault: a function failed or returned NaN, and `on_fault` is "stop".
+        """
+        columns: dict[str, list[Any]] = {
+            "prompts": [p.prompt for p in problems],
+            "completions": list(completions),
+            "completion_ids": [list(ids) for ids in completion_ids],
+            "answer": [p.answer for p in problems],
+            "solution": [p.solution for p in problems],
+        }
+        self.faults, self.messages = {}, []
+        with ThreadPoolExecutor(max_workers=max(1, len(self.functions))) as pool:
+            pending = [pool.submit(self._one, name, columns) for name in self.functions]
+            table = [future.result() for future in pending]
+        if self.messages and self.on_fault == "stop":
+            raise RewardFault(
+                f"{self.messages[0]} (--on-reward-fault skip goes on without its scores)"
+            )
+        return torch.tensor(table).T.contiguous()
+
+    def _one(self, name: str, columns: dict[str, list[Any]]) -> list[float]:
+        count = len(columns["completions"])
+        try:
+            values = self.functions[name](**columns)
+        except RewardFault as error:
+            self._blame(name, count, str(error))
+            return [NOT_SCORED] * count
+        if len(values) != count:
+            raise ValueError(f"reward {name} must return {count} values, got {len(values)}")
+        rewards = [NOT_SCORED if v is None else float(v) for v in values]
+        bad = sum(v is not None and not math.isfinite(v) for v in values)
+        if bad:
+            self._blame(name, bad, f"reward {name} gave {bad} values that are not finite")
+            rewards = [v if math.isfinite(v) else NOT_SCORED for v in rewards]
+        return rewards
+
+    def _blame(self, name: str, count: int, message: str) -> None:
+        self.faults[name] = count
+        self.messages.append(message)
+
+    def total(self, reward: Tensor) -> Tensor:  # [B, K] -> [B]
+        """The weighted sum that advantages are made of; what was not scored counts 0."""
+        weights = reward.new_tensor(self.weights or [1.0] * len(self.functions))
+        return (reward * weights).nansum(1)
+
+    def fault_numbers(self) -> dict[str, float]:
+        """Faults of the last batch as metrics."""
+        return {
+            f"rewards/{name}/faults": float(self.faults.get(name, 0)) for name in self.functions
+        }
+
+
+def make_rewards(config: TrainConfig, own: Mapping[str, Reward]) -> Rewards:
+    """The functions that the options name, or the job's own ones."""
+    if config.reward is None:
+        return Rewards(own, config.on_reward_fault, reward_weights(config))
+    functions: dict[str, Reward] = {}
+    for spec in config.reward.split(","):
+        name, function = find_reward(spec.strip(), config, own)
+        if name in functions:
+            raise ValueError(f"reward names {name!r} twice")
+        functions[name] = function
+    return Rewards(functions, config.on_reward_fault, reward_weights(config))
+
+
+def find_reward(spec: str, config: TrainConfig, own: Mapping[str, Reward]) -> tuple[str, Reward]:
+    """A reward of the job, of the library, or the user's `file.py:name` or `module:name`."""
+    if spec in own:
+        return spec, own[spec]
+    if spec == "think_format":
+        return spec, think_format
+    if spec == "soft_overlong":
+        length = config.max_completion_length
+        return spec, SoftOverlong(length, max(1, length // 5))
+    if spec == "math_verify":
+        return spec, ProcessReward(f"{LIBRARY}:math_verify", config.reward_timeout)
+    if ":" not in spec and not spec.endswith(".py"):
+        known = ", ".join([*own, "think_format", "soft_overlong", "math_verify"])
+        raise ValueError(f"reward must be one of {known}, or file.py:function, got {spec!r}")
+    reward = ProcessReward(spec, config.reward_timeout)
+    try:
+        reward.start()
+    except RewardFault as error:
+        raise ValueError(str(error)) from None
+    return reward.name, reward

@@ -28,6 +28,7 @@ from fastgrpo.trainer.opening import Opened
 from fastgrpo.trainer.passes import TrainingStopped
 from fastgrpo.trainer.recorder import Recorder
 from fastgrpo.trainer.result import Result
+from fastgrpo.trainer.reward_process import RewardFault
 from fastgrpo.trainer.settings import SettingsError, fail
 from fastgrpo.trainer.setup import Run, make_run
 from fastgrpo.trainer.state import State
@@ -116,6 +117,7 @@ class Job:
         self.interrupt = interrupt
         self.phase = "start"
         self.keeper: Checkpointer | None = None
+        self.complained: set[str] = set()  # what has been said about rewards
 
     @property
     def steps_done(self) -> int:
@@ -144,7 +146,7 @@ class Job:
                 + (f"To go on: fastgrpo train --resume {self.out}" if saved else "")
             )
             return self.interrupt.exit_code
-        except TrainingStopped as error:
+        except (TrainingStopped, RewardFault) as error:
             self.result.stopped = str(error)
             return 1
         return 0
@@ -271,7 +273,9 @@ class Job:
             if done % config.logging_steps == 0 or done == config.max_steps:
                 self.recorder.write("grpo", done, step.numbers)
             self.display.advance(done, numbers=step.numbers)
-            for advice in diagnostics.advice(step.numbers):
+            complaints = [m for m in self.run.rewards.messages if m not in self.complained]
+            self.complained.update(complaints)
+            for advice in [*diagnostics.advice(step.numbers), *complaints]:
                 self.result.notes.append(f"Step {done}: {advice}")
                 self.display.note(f"  note: {advice}")
             self.safe_point()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from fastgrpo.trainer.config import TrainConfig
 from fastgrpo.trainer.distributed import Ranks
 from fastgrpo.trainer.jobs import make_task
 from fastgrpo.trainer.policy import Policy
+from fastgrpo.trainer.rewards import Rewards, make_rewards
 from fastgrpo.trainer.rollout import Sampler
 from fastgrpo.trainer.sampler import make_sampler
 from fastgrpo.trainer.tasks.base import Problem, Task
@@ -38,6 +40,11 @@ class Run:
     device: torch.device
     ranks: Ranks = field(default_factory=Ranks)
     sampled: Any = None  # the model that samplers read, where it is not the policy's own (FSDP2)
+    rewards: Rewards = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Find the rewards that the options name."""
+        self.rewards = make_rewards(self.config, self.task.rewards(self.tokenizer.eos_token_id))
 
     def sampler(self, seed: int) -> Sampler:
         """A sampler of the present policy with random numbers of its own."""
@@ -59,7 +66,8 @@ def make_run(config: TrainConfig, ranks: Ranks | None = None) -> Run:
     disable_progress_bar()  # the run has its own
     torch.set_num_threads(config.threads)
     keep_freed_memory()
-    torch.manual_seed(config.seed)
+    for seed in (torch.manual_seed, random.seed, np.random.seed):  # rewards may draw from any
+        seed(config.seed)
     device = pick_device(config.device)
     task = make_task(config)
     if config.model_name_or_path is None:

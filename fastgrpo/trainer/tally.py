@@ -13,6 +13,7 @@ from fastgrpo.metrics import Metrics
 from fastgrpo.spec import METRICS
 from fastgrpo.trainer.distributed import Ranks
 from fastgrpo.trainer.microbatch import MicroBatch
+from fastgrpo.trainer.rewards import Rewards
 
 
 class Tally:
@@ -99,13 +100,13 @@ class Tally:
 
 
 def reward_numbers(
-    names: Sequence[str],
+    rewards: Rewards,
     reward: Tensor,  # [B, K]
     advantage: GroupAdvantage,
     group_size: int,
 ) -> dict[str, float]:
     """Rewards and their spread within groups."""
-    total = reward.nansum(1).view(-1, group_size)
+    total = rewards.total(reward).view(-1, group_size)
     flat = advantage.is_degenerate.view(-1, group_size)[:, 0]
     best, worst = total.max(), total.min()
     numbers = {
@@ -115,11 +116,11 @@ def reward_numbers(
         "frac_groups_all_best": (flat & (total[:, 0] == best) & (best > 0)).float().mean(),
         "frac_groups_all_worst": (flat & (total[:, 0] == worst) & (worst <= 0)).float().mean(),
     }
-    for name, column in zip(names, reward.T, strict=True):
+    for name, column in zip(rewards.functions, reward.T, strict=True):
         scored = column[~column.isnan()]
         numbers[f"rewards/{name}/mean"] = scored.mean()
         numbers[f"rewards/{name}/std"] = scored.std() if len(scored) > 1 else scored.new_zeros(())
-    return {name: float(value) for name, value in numbers.items()}
+    return {name: float(value) for name, value in numbers.items()} | rewards.fault_numbers()
 
 
 def length_numbers(lengths: Sequence[int], truncated: Sequence[bool]) -> dict[str, float]:

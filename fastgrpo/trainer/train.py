@@ -23,7 +23,6 @@ from fastgrpo.trainer.algorithm import learning_rate_factor, make_advantage, mak
 from fastgrpo.trainer.clock import Clock
 from fastgrpo.trainer.passes import backward, skip_or_stop
 from fastgrpo.trainer.portions import divide
-from fastgrpo.trainer.rewards import score
 from fastgrpo.trainer.rollout import Rollout
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.state import Scored, State, grad_norm_
@@ -93,8 +92,7 @@ def sample(state: State, objective: Objective, clock: Clock) -> Scored:
     asked = [problems[i] for k in sorted(state.streams) for i in state.questions(k)]
     asked = [problem for problem in asked for _ in range(config.num_generations)]
     completions = decode(run.tokenizer, rollout.completion_ids)
-    rewards = run.task.rewards(run.tokenizer.eos_token_id)
-    mine = score(rewards, asked, completions, rollout.completion_ids)
+    mine = run.rewards.score(asked, completions, rollout.completion_ids)
     reward = run.ranks.rows(mine, state.counts)
     facts = [rollout.lengths, rollout.truncated, [len(ids) for ids in rollout.prompt_ids]]
     lengths, truncated, prompt = run.ranks.rows(torch.tensor(facts).T, state.counts).T.tolist()
@@ -116,7 +114,7 @@ def sample(state: State, objective: Objective, clock: Clock) -> Scored:
         rollout,
         completions,
         portions,
-        reward_numbers(list(rewards), reward, advantage, config.num_generations)
+        reward_numbers(run.rewards, reward, advantage, config.num_generations)
         | length_numbers(lengths, truncated),
         num_trained=int(advantage.advantage.count_nonzero()) if drop else len(lengths),
         num_tokens=sum(lengths) + sum(prompt),

@@ -10,7 +10,7 @@ import pytest
 
 from fastgrpo.trainer.jobs import FROM_FILES, JOBS, default_config, make_task
 from fastgrpo.trainer.jsonl import DataError
-from fastgrpo.trainer.rewards import ExactAnswer, score
+from fastgrpo.trainer.rewards import ExactAnswer, Rewards
 from fastgrpo.trainer.tasks import copy_digits, gsm8k_equations
 from fastgrpo.trainer.tasks.story import LARGEST, Story, make_problem, parse_answer, split_of
 
@@ -121,16 +121,21 @@ def test_exact_answer_scores_only_what_ended_by_itself():
     problem = make_problem(random.Random(0))
     texts = [problem.solution, problem.solution, "#### x", ""]
     ids = [[5, 1], [5, 6], [5, 1], [1]]
-    assert score({"a": reward}, [problem] * 4, texts, ids).tolist() == [[1.0], [0.0], [0.0], [0.0]]
+    assert Rewards({"a": reward}).score([problem] * 4, texts, ids).tolist() == [
+        [1.0],
+        [0.0],
+        [0.0],
+        [0.0],
+    ]
 
 
 def test_score_turns_none_into_nan_and_names_a_reward_of_the_wrong_length():
     problem = make_problem(random.Random(0))
-    table = score({"a": lambda **_: [1.0, None]}, [problem] * 2, ["", ""], [[1], [1]])
+    table = Rewards({"a": lambda **_: [1.0, None]}).score([problem] * 2, ["", ""], [[1], [1]])
     assert table[0, 0] == 1.0
     assert table[1, 0].isnan()
     with pytest.raises(ValueError, match="reward short must return 2 values, got 1"):
-        score({"short": lambda **_: [1.0]}, [problem] * 2, ["", ""], [[1], [1]])
+        Rewards({"short": lambda **_: [1.0]}).score([problem] * 2, ["", ""], [[1], [1]])
 
 
 def test_copy_reward_counts_places_and_the_end():

@@ -1,0 +1,100 @@
+"""The process in which a user's reward function runs: it can hang, print, crash or exit without harm to the trainer.
+
+    python -m fastgrpo.trainer.reward_child SPEC READ_FD WRITE_FD
+
+Requests and answers are lines of JSON on the two file descriptors. Standard output goes to standard error.
+"""
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """The function that `file.py:name` or `package.module:name` names; `name` may be left out if it is `reward`."""
+    place, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "reward")
+    if place.endswith(".py"):
+        path = Path(place).resolve()
+        module_spec = importlib.util.spec_from_file_location(path.stem, path)
+        if module_spec is None or module_spec.loader is None or not path.is_file():
+            raise FileNotFoundError(f"no Python file {place}")
+        sys.path.insert(0, str(path.parent))
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[path.stem] = module
+        module_spec.loader.exec_module(module)
+    else:
+        sys.path.insert(0, os.getcwd())
+        module = importlib.import_module(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise AttributeError(f"{place} has no function {name!r}")
+    return function
+
+
+def call(function: Callable[..., Any], arguments: dict[str, Any]) -> list[float | None]:
+    """The rewards of a batch; functions without `**kwargs` get the arguments that they name."""
+    parameters = inspect.signature(function).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+    result = function(**arguments)
+    if inspect.isawaitable(result):
+        result = asyncio.run(_wait(result))
+    return [None if value is None else float(value) for value in result]
+
+
+async def _wait(result: Any) -> Any:
+    return await result
+
+
+def main(spec: str, read_fd: int, write_fd: int) -> None:
+    """Serves requests until the trainer closes its end."""
+    os.dup2(2, 1)
+    with (
+        os.fdopen(read_fd, encoding="utf-8") as requests,
+        os.fdopen(write_fd, "w", encoding="utf-8") as answers,
+    ):
+
+        def answer(**content: Any) -> None:
+            answers.write(json.dumps(content) + "\n")
+            answers.flush()
+
+        try:
+            function = load_function(spec)
+        except BaseException as error:
+            answer(error=_describe(error))
+            return
+        answer(ready=True)
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        for line in requests:
+            try:
+                answer(rewards=call(function, json.loads(line)))
+            except Exception as error:
+                answer(error=_describe(error))
+
+
+def _end_with_parent(parent: int) -> None:
+    """A function that hangs must not outlive a trainer that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _describe(error: BaseException) -> str:
+    """Kind, message and the user's line in which it arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

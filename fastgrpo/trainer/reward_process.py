@@ -1,0 +1,127 @@
+"""Users' reward functions, each in a process of its own with a hard time-out."""
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+START_TIMEOUT_S = 60.0
+"""For importing the user's module, which may import much."""
+LARGEST_ANSWER = 64 << 20
+
+
+class RewardFault(RuntimeError):
+    """A reward function failed; the text names it and says how."""
+
+
+class ProcessReward:
+    """A reward function with TRL's signature that lives in a child process; killed and started afresh after a fault."""
+
+    def __init__(self, spec: str, timeout_s: float) -> None:
+        self.spec = spec
+        self.name = spec.rpartition(":")[2].removesuffix(".py").rpartition("/")[2]
+        self.timeout_s = timeout_s
+        self._child: subprocess.Popen[bytes] | None = None
+        self._to = self._from = -1
+        self._buffer = b""
+        atexit.register(self.stop)
+
+    def __call__(self, *, completions: Sequence[str], **columns: Any) -> list[float | None]:
+        """Scores a batch.
+
+        Raises:
+            RewardFault: the function raised, exited, ran past the time-out or returned something else than rewards.
+        """
+        self.start()
+        request = json.dumps({"completions": list(completions), **columns}) + "\n"
+        deadline = time.monotonic() + self.timeout_s
+        self._send(request.encode(), deadline)
+        rewards = self._receive(deadline, f"took longer than {self.timeout_s:g} s").get("rewards")
+        if not isinstance(rewards, list) or len(rewards) != len(completions):
+            got = f"{len(rewards)} values" if isinstance(rewards, list) else type(rewards).__name__
+            raise RewardFault(
+                f"reward {self.name} must return {len(completions)} values, got {got}"
+            )
+        return rewards
+
+    def start(self) -> None:
+        """Starts the child if none is running, and waits until it has loaded the function."""
+        if self._child is not None and self._child.poll() is None:
+            return
+        self.stop()
+        read_request, self._to = os.pipe()
+        self._from, write_answer = os.pipe()
+        module = "fastgrpo.trainer.reward_child"
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", module, self.spec, str(read_request), str(write_answer)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(read_request, write_answer),
+            start_new_session=True,  # so that whatever it starts can be killed with it
+        )
+        os.close(read_request)
+        os.close(write_answer)
+        os.set_blocking(self._to, False)
+        self._receive(
+            time.monotonic() + START_TIMEOUT_S, f"did not load within {START_TIMEOUT_S:g} s"
+        )
+
+    def stop(self) -> None:
+        """Ends the child and all that it has started."""
+        if self._child is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait()
+            self._child = None
+        for fd in (self._to, self._from):
+            if fd >= 0:
+                os.close(fd)
+        self._to = self._from = -1
+        self._buffer = b""
+
+    def _fault(self, what: str) -> RewardFault:
+        self.stop()
+        return RewardFault(f"reward {self.name} {what}")
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        sent = 0
+        while sent < len(data):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([], [self._to], [], left)[1]:
+                raise self._fault(f"took longer than {self.timeout_s:g} s")
+            try:
+                sent += os.write(self._to, data[sent : sent + 65536])
+            except BrokenPipeError:
+                raise self._fault(self._ended()) from None
+
+    def _receive(self, deadline: float, too_late: str) -> dict[str, Any]:
+        """One answer of the child."""
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._from], [], [], left)[0]:
+                raise self._fault(too_late)
+            chunk = os.read(self._from, 1 << 16)
+            if not chunk:
+                raise self._fault(self._ended())
+            self._buffer += chunk
+            if len(self._buffer) > LARGEST_ANSWER:
+                raise self._fault("returned more than 64 MB")
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise RewardFault(f"reward {self.name} failed: {answer['error']}")
+        return answer
+
+    def _ended(self) -> str:
+        assert self._child is not None
+        try:
+            code = self._child.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            return "closed its connection"
+        return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
