@@ -118,6 +118,7 @@ def run_case(
             row.errors |= dict.fromkeys(required(case) - set(outputs), math.nan)
         row.wrong = is_wrong(row.errors)
         contestants[entry.name] = contestant
+        del outputs  # they are as large as the problem
     clock = Clock(device, calls=CALLS.get(case.what, 1))
     timings = interleave(contestants, clock, rounds, budget_seconds)
     for name, timing in timings.items():
