@@ -29,3 +29,33 @@ def test_relative_links_of_the_pages_exist():
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_python_of_the_readme_runs():
+    import torch
+    from trl import GRPOConfig
+
+    from fastgrpo.testing import make_inputs
+
+    x = make_inputs(16, 6, 71)
+    names = {
+        "torch": torch,
+        "logits": x.logits.requires_grad_(),
+        "ids": x.token_ids,
+        "mask": x.mask,
+        "rewards": torch.arange(16.0) % 3,
+        "adv": x.advantage,
+        "old_logps": x.old_logprob,
+        "ref_logps": x.ref_logprob,
+        "hidden": torch.randn(16, 6, 8, requires_grad=True),
+        "lm_head": torch.nn.Linear(8, 71, bias=False),
+        "grpo_config": GRPOConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[]),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    before, after = names["loss"], names["out"].loss
+    assert torch.isfinite(before)
+    assert torch.isfinite(after)
+    assert names["logits"].grad is not None
