@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgrpo import Objective
 from fastgrpo.choices import KL, Gate, Reduce
-from fastgrpo.functional.linear.gemm import Head
+from fastgrpo.functional.linear.gemm import DirectHead, Head
 
 B, T, H, V = 5, 7, 6, 29  # sizes that divide nothing
 ROW_BYTES = 32 * 8  # a float64 row of logits in the workspace, whose rows are padded to 64 bytes
@@ -82,23 +82,24 @@ OBJECTIVES = {
 
 
 class Products:
-    """Counts the rows that go through each matrix product of the head."""
+    """Counts the rows that go through each matrix product of a head."""
 
-    def __init__(self, monkeypatch) -> None:
+    def __init__(self, monkeypatch, head: type[Head] = DirectHead) -> None:
         self.logits = self.hidden = self.weight = 0
-        for name, method in (
-            ("logits", Head.logits),
-            ("hidden", Head.hidden_gradient),
-            ("weight", Head.add_weight_gradient),
-        ):
-            monkeypatch.setattr(Head, method.__name__, self._counting(name, method))
+        project, add_gradients = head.project, head.add_gradients
 
-    def _counting(self, name, method):
-        def call(head, rows, *args):
-            setattr(self, name, getattr(self, name) + rows.shape[0])
-            return method(head, rows, *args)
+        def counted_project(head, rows, out):
+            self.logits += rows.shape[0]
+            project(head, rows, out)
 
-        return call
+        def counted_gradients(head, task):
+            rows = task.dlogits.shape[0]
+            self.hidden += rows * (task.dhidden is not None)
+            self.weight += rows * (task.dweight is not None)
+            add_gradients(head, task)
+
+        monkeypatch.setattr(head, "project", counted_project)
+        monkeypatch.setattr(head, "add_gradients", counted_gradients)
 
     def take(self) -> tuple[int, int, int]:
         """Rows so far (logits, hidden gradient, weight gradient), and start again from 0."""

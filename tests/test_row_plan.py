@@ -5,8 +5,7 @@ import torch
 
 from fastgrpo import Objective, RowPlan, group_advantage, linear_grpo_loss, plan_rows
 from fastgrpo.choices import KL, Gate
-from fastgrpo.functional.linear.chunking import chunk_rows, chunk_sequences, default_workspace_bytes
-from tests.linear_cases import OBJECTIVES, ROW_BYTES, B, T, make_batch
+from tests.linear_cases import OBJECTIVES, ROW_BYTES, T, make_batch
 
 MASK = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool)
 ADVANTAGE = torch.tensor([0.5, 0.0, 1.0, -1.0])
@@ -150,40 +149,6 @@ def test_move():
     assert moved.active_index.device.type == moved.score_offsets.device.type == "meta"
     assert moved.active_ends == plan.active_ends
     assert isinstance(moved, RowPlan)
-
-
-@pytest.mark.parametrize(
-    ("count", "limit"), [(0, 4), (1, 4), (4, 4), (5, 4), (1000, 300), (1000, 1), (33, 32)]
-)
-def test_chunks_of_rows(count, limit):
-    chunks = chunk_rows(count, limit)
-    assert [i for c in chunks for i in range(c.start, c.stop)] == list(range(count))
-    assert all(0 < c.size <= limit for c in chunks)
-    assert len(chunks) == -(-count // limit)
-
-
-@pytest.mark.parametrize(
-    ("ends", "limit", "expected"),
-    [
-        ([], 4, []),
-        ([0, 0], 4, []),  # only empty sequences
-        ([2, 4, 6], 4, [(0, 4), (4, 6)]),
-        ([2, 4, 6], 9, [(0, 6)]),
-        ([9, 10, 11], 4, [(0, 9), (9, 11)]),  # the first does not fit by itself
-        ([1, 10, 10, 11], 4, [(0, 1), (1, 10), (10, 11)]),
-    ],
-)
-def test_chunks_of_sequences(ends, limit, expected):
-    chunks = chunk_sequences(ends, limit)
-    assert [(c.start, c.stop) for c in chunks] == expected
-    bounds = [0, *ends]
-    for c in chunks:
-        assert (bounds[c.first], bounds[c.last]) == (c.start, c.stop)
-
-
-def test_budgets():
-    assert default_workspace_bytes(torch.device("cpu")) == 160 << 20
-    assert B > 0
 
 
 def test_kl_towards_the_old_policy_counts():

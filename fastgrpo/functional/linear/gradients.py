@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.functional.linear.gemm import HALF, Head
+from fastgrpo.functional.linear.gemm import HALF, GradientTask
+from fastgrpo.functional.linear.gemm_mixed import target_residual
 from fastgrpo.functional.linear.rows import Selection
 from fastgrpo.functional.linear.workspace import Workspace
 
@@ -38,6 +39,21 @@ class Rows(NamedTuple):
     target: Tensor  # [n] token ids
     selection: Selection
 
+    def take(self, position: Tensor) -> "Rows":
+        """The rows at `position` [k], in its order."""
+        return Rows(self.hidden[position], self.target[position], self.selection.reorder(position))
+
+
+def join(parts: list[Rows]) -> Rows:
+    """All rows of several chunks."""
+    if len(parts) == 1:
+        return parts[0]
+    return Rows(
+        torch.cat([part.hidden for part in parts]),
+        torch.cat([part.target for part in parts]),
+        Selection.join([part.selection for part in parts]),
+    )
+
 
 def fill_holes(dlogits: Tensor, active: Tensor) -> Tensor:
     """Move active rows to the front of `dlogits` in place and return their old positions [k].
@@ -59,88 +75,97 @@ class HeadGradients:
     """The sums. Half-precision weights are summed in float32 unless there is only one product to add."""
 
     def __init__(
-        self, head: Head, needs: Needs, like: Originals, chunks: int, *, keep_wide: bool = False,
+        self, workspace: Workspace, needs: Needs, like: Originals, products: int, *, keep_wide: bool = False,
         weight_buffer: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Allocate for `chunks` calls of `add`.
+        """Allocate for (at most) so many products.
 
         `keep_wide` leaves weight and bias gradients in float32 at the end; a `weight_buffer` is added to, not returned.
         """
-        self.head, self.like, self.keep_wide = head, like, keep_wide
-        device, wide = head.weight.device, torch.float32 if head.dtype in HALF else head.dtype
-        one_product = chunks == 1 and head.mode != "mixed" and not keep_wide
-        self.hidden = (
-            torch.zeros_like(like.hidden, memory_format=torch.contiguous_format)
-            if needs.hidden
-            else None
-        )
+        head = workspace.head
+        self.workspace, self.head, self.like, self.keep_wide = workspace, head, like, keep_wide
+        self._wide = torch.float32 if head.dtype in HALF else head.dtype
+        self._pending: list[Rows] = []
+        self._residuals: list[Tensor] = []
         self._buffer = self._weight = weight_buffer
         self._first = weight_buffer is None
+        self.hidden = self._bias = None
+        if needs.hidden:
+            self.hidden = torch.zeros_like(like.hidden, memory_format=torch.contiguous_format)
         if needs.weight and weight_buffer is None:
-            dtype = like.weight.dtype if one_product else wide
-            self._weight = torch.empty(head.weight.shape, dtype=dtype, device=device)
-        self._bias = (
-            torch.zeros(head.weight.shape[0], dtype=wide, device=device) if needs.bias else None
-        )
+            dtype = like.weight.dtype
+            direct = products == 1 and not keep_wide and head.writes(dtype)
+            self._weight = like.weight.new_empty(
+                head.weight.shape, dtype=dtype if direct else self._wide
+            )
+        if needs.bias:
+            self._bias = like.weight.new_zeros(head.weight.shape[0], dtype=self._wide)
 
-    def add(self, dlogits: Tensor, rows: Rows, active: Tensor, workspace: Workspace) -> None:
+    def add(self, dlogits: Tensor, rows: Rows, active: Tensor) -> None:
         """Add a chunk whose rows outside `active` [n] bool have gradient 0; their hidden states are not used.
 
-        On a CPU the active rows are moved together first (`dlogits` is permuted); elsewhere that would need a sync.
+        On a CPU inactive rows are left out of the products (`dlogits` is permuted); elsewhere that would need a sync.
         """
-        if active.device.type == "cpu":
-            count = int(active.sum())
-            if count == 0:
-                return
-            if count < active.numel():
-                moved = fill_holes(dlogits, active)
-                dlogits = dlogits[:count]
-                rows = Rows(rows.hidden[moved], rows.target[moved], rows.selection.reorder(moved))
-        elif self._weight is not None:  # 0 * NaN: select, never multiply
+        if active.device.type != "cpu":  # 0 * NaN: select, never multiply
             rows = rows._replace(hidden=torch.where(active[:, None], rows.hidden, 0.0))
-        operand = workspace.operand(dlogits)
-        residual = self._target_residual(dlogits, operand, rows.target)
-        if self.hidden is not None:
-            self._add_hidden(operand, rows, residual)
-        if self._weight is not None:
-            self.head.add_weight_gradient(operand, rows.hidden, self._weight, self._first)
-            self._first = False
-            if residual is not None:
-                correction = residual * rows.hidden.float()
-                self._weight.index_put_((self._columns(rows.target),), correction, accumulate=True)
+            self._add_bias(dlogits)
+            self._multiply(dlogits, rows)
+            return
+        count = int(active.sum())
+        if count == 0:
+            return
+        self._add_bias(dlogits)
+        if self.workspace.narrows:
+            self._keep(dlogits, rows, active.nonzero().flatten())
+            return
+        if count < active.numel():
+            rows = rows.take(fill_holes(dlogits, active))
+        self._multiply(dlogits[:count], rows)
+        self.workspace.room.keep(count)
+
+    def _keep(self, dlogits: Tensor, rows: Rows, index: Tensor) -> None:
+        column = rows.target.clamp(0, dlogits.shape[1] - 1)
+        residual = target_residual(dlogits, column, self.head.dtype)
+        everything = index.numel() == dlogits.shape[0]
+        self._pending.append(rows if everything else rows.take(index))
+        self._residuals.append(residual if everything else residual[index])
+        self.workspace.keep(dlogits, index)
+
+    def flush(self) -> None:
+        """Multiply the rows that wait."""
+        if self._pending:
+            self._multiply(self.workspace.kept(), join(self._pending), torch.cat(self._residuals))
+            self._pending.clear()
+            self._residuals.clear()
+        self.workspace.room.clear()
+
+    def _add_bias(self, dlogits: Tensor) -> None:
         if self._bias is not None:
             self._bias += dlogits.sum(0, dtype=self._bias.dtype)
 
-    def _columns(self, target: Tensor) -> Tensor:
-        return target.clamp(0, self.head.weight.shape[0] - 1)
-
-    def _target_residual(self, dlogits: Tensor, operand: Tensor, target: Tensor) -> Tensor | None:
-        """What rounding loses [n, 1] of a row's largest entry, the gradient of the sampled token's logit."""
-        if operand is dlogits:
-            return None
-        column = self._columns(target)[:, None]
-        return dlogits.gather(1, column) - operand.gather(1, column).float()
-
-    def _add_hidden(self, operand: Tensor, rows: Rows, residual: Tensor | None) -> None:
-        assert self.hidden is not None
-        selection = rows.selection
-        out = (
-            selection.take(self.hidden)
-            if selection.index is None
-            else torch.empty_like(rows.hidden, dtype=self.hidden.dtype)
+    def _multiply(self, dlogits: Tensor, rows: Rows, residual: Tensor | None = None) -> None:
+        selection, out = rows.selection, None
+        if self.hidden is not None:
+            in_place = selection.index is None
+            out = (
+                selection.take(self.hidden)
+                if in_place
+                else torch.empty_like(rows.hidden, dtype=self.hidden.dtype)
+            )
+        if not self._first and self._buffer is None and self._weight is not None:
+            self._weight = self._weight.to(self._wide)  # more products than were announced
+        self.head.add_gradients(
+            GradientTask(
+                dlogits, residual, rows.hidden, rows.target, out, self._weight, self._first
+            )
         )
-        if residual is None:
-            self.head.hidden_gradient(operand, out)
-        else:
-            wide = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-            self.head.hidden_gradient(operand, wide)
-            wide.addcmul_(residual, self.head.weight[self._columns(rows.target)].float())
-            out.copy_(wide)
-        if selection.index is not None:
+        self._first = self._first and self._weight is None
+        if self.hidden is not None and out is not None and selection.index is not None:
             self.hidden.index_copy_(0, selection.index, out)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden states, weight and bias; None where not wanted or added to a caller's buffer."""
+        self.workspace.release()
         weight = None if self._buffer is not None else self._weight
         if weight is not None and self._first:
             weight.zero_()

@@ -12,7 +12,9 @@ from fastgrpo.functional.checks import (
     require_shape,
     require_tensor,
 )
-from fastgrpo.functional.linear.gemm import Head, Precision, choose_mode
+from fastgrpo.functional.linear.gemm import DirectHead, Head, Precision, UpcastHead, choose_mode
+from fastgrpo.functional.linear.gemm_mixed import MixedHead, NativeHead
+from fastgrpo.ops.head_products import is_native
 
 PRECISIONS: tuple[Precision, ...] = ("auto", "float32", "input")
 
@@ -103,6 +105,13 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
 def make_head(
     weight: Tensor, bias: Tensor | None, dtype: torch.dtype, precision: Precision
 ) -> Head:
-    """The head in the dtype of the products; a weight of another dtype is copied."""
+    """The head in the dtype of the products; a weight of another dtype (or, here and there, layout) is copied."""
     mode = choose_mode(precision, dtype, weight.device)
-    return Head(weight.to(dtype), bias, mode)
+    weight = weight.to(dtype)
+    if mode == "direct":
+        return DirectHead(weight, bias, mode)
+    if mode == "upcast":
+        return UpcastHead(weight, bias, mode)
+    if dtype == torch.bfloat16 and is_native(weight.device):
+        return NativeHead(weight if weight.stride(1) == 1 else weight.contiguous(), bias, mode)
+    return MixedHead(weight, bias, mode)

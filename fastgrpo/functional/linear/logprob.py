@@ -8,6 +8,7 @@ from torch import Tensor
 from fastgrpo.functional.linear.gemm import Head
 from fastgrpo.functional.linear.gradients import HeadGradients, Needs, Originals
 from fastgrpo.functional.linear.inputs import LinearOptions
+from fastgrpo.functional.linear.plan import PlannedRows
 from fastgrpo.functional.linear.report import note_path
 from fastgrpo.functional.linear.rows import Selection
 from fastgrpo.functional.linear.score import (
@@ -51,7 +52,10 @@ def logprob_forward(
     selection = select_rows(mask, total, options.capacity)
     workspace = Workspace(head, options.workspace_bytes, selection.count, with_gradient=False)
     scored = score_rows(scoring, selection, workspace, visit)
-    note_path("linear_token_logprob", f"{head.describe()}, up to {workspace.limit} rows at a time")
+    workspace.release()
+    note_path(
+        "linear_token_logprob", f"{head.describe()}, up to {workspace.room.limit} rows at a time"
+    )
     logprob, lse = selection.put(scored.logprob), selection.put(scored.lse)
     entropy = selection.put(scored.entropy) if scoring.with_entropy else logprob.new_empty(0)
     values = [logprob, entropy, lse]
@@ -86,18 +90,19 @@ def logprob_backward(
         scale = power_of_two(upstream)
         upstream = Upstream(*(value * scale for value in upstream))
     workspace = Workspace(head, options.workspace_bytes, selection.count, with_gradient=True)
+    products, _ = PlannedRows(selection).rehearse(workspace.room)
     gradients = HeadGradients(
-        head,
+        workspace,
         needs,
         like,
-        chunks=-(-selection.count // workspace.limit),
+        products,
         keep_wide=scale is not None,
         weight_buffer=weight_buffer,
     )
     scored = Scored(*(selection.take(value) for value in scored))
     upstream = Upstream(*(selection.take(value) for value in upstream))
-    add_score_gradient(scoring, selection, scored, upstream, gradients, workspace)
-    del workspace
+    add_score_gradient(scoring, selection, scored, upstream, gradients)
+    gradients.flush()
     found = gradients.finish()
     if scale is None:
         return found

@@ -21,6 +21,7 @@ from fastgrpo.functional.linear.score import (
     Scoring,
     Upstream,
     add_score_gradient,
+    nothing_to_flush,
     score_rows,
 )
 from fastgrpo.functional.linear.workspace import Workspace
@@ -98,11 +99,14 @@ class OnePass:
 
     def run(self, planned: PlannedRows, gradients: HeadGradients | None) -> list[Part]:
         """Results of the planned rows, piece by piece."""
-        limit = self.workspace.limit
-        return [
-            (self._one_pass if piece.size <= limit else self._two_steps)(planned, piece, gradients)
-            for piece in planned.pieces(limit)
-        ]
+        room = self.workspace.room
+        flush = nothing_to_flush if gradients is None else gradients.flush
+        parts = []
+        for piece in planned.pieces(room, flush):
+            work = self._one_pass if piece.size <= room.rows else self._two_steps
+            parts.append(work(planned, piece, gradients))
+        flush()
+        return parts
 
     def _one_pass(
         self, planned: PlannedRows, piece: Chunk, gradients: HeadGradients | None
@@ -126,7 +130,7 @@ class OnePass:
         )
         if gradients is not None:
             active = Upstream(dlogprob, tokens.entropy_weight).active()
-            gradients.add(logits, rows, active, self.workspace)
+            gradients.add(logits, rows, active)
         return Part(token_loss, logprob, entropy, metrics)
 
     def _two_steps(
@@ -134,6 +138,8 @@ class OnePass:
     ) -> Part:
         selection, formula = planned.selection.piece(piece), self.formula
         tokens = self.tokens.select(selection)
+        if gradients is not None:
+            gradients.flush()
         scored = score_rows(self.scoring, selection, self.workspace)
         _, token_loss, dlogprob, metrics = run_policy_loss(
             scored.logprob,
@@ -166,7 +172,7 @@ class OnePass:
             selection = selection.then(active)
         if self.formula.grad_scale.numel():
             upstream = Upstream(*(value * self.formula.grad_scale for value in upstream))
-        add_score_gradient(self.scoring, selection, scored, upstream, gradients, self.workspace)
+        add_score_gradient(self.scoring, selection, scored, upstream, gradients)
 
 
 class Outcome(NamedTuple):
@@ -200,11 +206,12 @@ def linear_loss(
     workspace = Workspace(head, options.workspace_bytes, most, wanted)
     gradients = None
     if wanted:
+        products, _ = classes.active.rehearse(workspace.room)
         gradients = HeadGradients(
-            head,
+            workspace,
             needs,
             like,
-            chunks=classes.active.products(workspace.limit),
+            products,
             keep_wide=formula.grad_scale.numel() > 0,
             weight_buffer=weight_buffer,
         )
@@ -224,8 +231,8 @@ def linear_loss(
         metrics += [part.metrics for part in parts]
         for target, values in zip(full, (token_loss, logprob, entropy), strict=False):
             planned.selection.put_into(target, values)
-    note_path("linear_grpo_loss", f"{head.describe()}, {classes.describe(workspace.limit)}")
-    del one_pass, workspace
+    note_path("linear_grpo_loss", f"{head.describe()}, {classes.describe(workspace.room)}")
+    workspace.release()
     return Outcome(
         loss.to(full[0].dtype),
         full[0],

@@ -1,11 +1,12 @@
 """Which rows of a batch get gradient products, which only a score, and the pieces they are worked through in."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fastgrpo.functional.linear.chunking import chunk_rows, chunk_sequences
+from fastgrpo.functional.linear.room import Room
 from fastgrpo.functional.linear.rows import Chunk, Selection
 from fastgrpo.functional.numbers import number_tensor
 
@@ -20,14 +21,18 @@ class PlannedRows:
         None  # offsets[1:] on the host; None: unknown, so all rows are one piece
     )
 
-    def pieces(self, limit: int) -> list[Chunk]:
-        """Chunks of rows; one of more than `limit` rows has to be scored before it is differentiated."""
+    def pieces(self, room: Room, flush: Callable[[], None]) -> Iterator[Chunk]:
+        """Chunks of rows, each as large as the room allows when it is asked for; `flush` makes room.
+
+        A chunk that does not fit is one sequence (or all rows) to be scored before it is differentiated.
+        """
         if self.offsets is None:
-            return chunk_rows(self.selection.count, limit)
-        if self.ends is not None:
-            return chunk_sequences(self.ends, limit)
-        everything = Chunk(0, self.selection.count, 0, self.offsets.numel() - 1)
-        return [everything] if everything.size else []
+            yield from pieces_of_rows(self.selection.count, room, flush)
+        elif self.ends is not None:
+            yield from _pieces_of_sequences(self.ends, room, flush)
+        elif self.selection.count:
+            flush()
+            yield Chunk(0, self.selection.count, 0, self.offsets.numel() - 1)
 
     def piece_offsets(self, piece: Chunk, device: torch.device) -> Tensor:
         """cu_seqlens of a piece; a token-level loss sees one sequence."""
@@ -36,9 +41,47 @@ class PlannedRows:
         local = self.offsets[piece.first : piece.last + 1]
         return local - local[0]
 
-    def products(self, limit: int) -> int:
-        """How many chunks contribute to the gradient of the weight, at most."""
-        return sum(-(-piece.size // limit) for piece in self.pieces(limit))
+    def rehearse(self, room: Room) -> tuple[int, int]:
+        """Products that gradients of all rows take, and pieces that have to be recomputed; `room` is not changed."""
+        room = replace(room)
+        long = 0
+        for piece in self.pieces(room, room.clear):
+            if piece.size <= room.rows:
+                room.keep(piece.size)
+                continue
+            long += 1
+            room.clear()
+            for part in pieces_of_rows(piece.size, room, room.clear):
+                room.keep(part.size)
+        room.clear()
+        return room.products, long
+
+
+def pieces_of_rows(count: int, room: Room, flush: Callable[[], None]) -> Iterator[Chunk]:
+    """Cut `count` rows anywhere."""
+    at = 0
+    while at < count:
+        if room.is_full(count - at):
+            flush()
+        size = room.next_size(count - at)
+        yield Chunk(at, at + size)
+        at += size
+
+
+def _pieces_of_sequences(ends: list[int], room: Room, flush: Callable[[], None]) -> Iterator[Chunk]:
+    """Cut rows at ends of sequences; `ends[i]` is the number of rows up to and including sequence i."""
+    at, first = 0, 0
+    while first < len(ends):
+        if ends[first] == at:
+            first += 1
+            continue
+        if room.is_full(ends[-1] - at, min(ends[first] - at, room.limit)):
+            flush()
+        last = first + 1
+        while last < len(ends) and ends[last] - at <= room.rows:
+            last += 1
+        yield Chunk(at, ends[last - 1], first, last)
+        at, first = ends[last - 1], last
 
 
 @dataclass(frozen=True)
@@ -49,10 +92,10 @@ class RowClasses:
     scored: PlannedRows
     overflow: Tensor | None = None  # [] bool: a static plan has too few rows, so everything is NaN
 
-    def describe(self, limit: int) -> str:
+    def describe(self, room: Room) -> str:
         """One line for the log and the report."""
-        long = sum(piece.size > limit for piece in self.active.pieces(limit))
-        text = f"up to {limit} rows at a time"
+        _, long = self.active.rehearse(room)
+        text = f"up to {room.limit} rows at a time"
         return (
             text
             + f"; {long} piece(s) of whole sequences above that, scored and then recomputed"

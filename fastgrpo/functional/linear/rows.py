@@ -1,8 +1,10 @@
 """Which rows of a batch are worked on, and how results find their way back."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -85,3 +87,18 @@ class Selection:
         return Selection.of(
             self.total, position + self.start if self.index is None else self.index[position]
         )
+
+    @classmethod
+    def join(cls, parts: "list[Selection]") -> "Selection":
+        """The rows of all parts, one after the other."""
+        total = parts[0].total
+        adjacent = all(
+            a.index is None and b.index is None and a.stop == b.start for a, b in pairwise(parts)
+        )
+        if adjacent:
+            return cls(total, None, parts[0].start, parts[-1].stop)
+        return cls.of(total, torch.cat([part.as_index() for part in parts]))
+
+    def as_index(self) -> Tensor:
+        """The rows as an index; a range only becomes one on the CPU, where rows are compacted."""
+        return torch.arange(self.start, self.stop) if self.index is None else self.index

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.functional.linear.chunking import chunk_rows
 from fastgrpo.functional.linear.gradients import HeadGradients, Rows
+from fastgrpo.functional.linear.plan import pieces_of_rows
 from fastgrpo.functional.linear.rows import Selection
 from fastgrpo.functional.linear.workspace import Workspace
 from fastgrpo.ops import token_logprob as ops
@@ -31,13 +31,7 @@ class Upstream(NamedTuple):
     def active(self) -> Tensor:
         """Rows [n] with something to pass on; NaN counts."""
         masks = [value != 0 for value in self if value.numel()]
-        return (
-            self.dlogprob != 0
-            if not masks
-            else masks[0]
-            if len(masks) == 1
-            else masks[0] | masks[1]
-        )
+        return masks[0] | masks[-1] if masks else self.dlogprob != 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class Scoring:
     def rows(self, selection: Selection, workspace: Workspace) -> tuple[Rows, Tensor]:
         """Hidden states and tokens of the selected rows, and their logits in the workspace."""
         rows = Rows(
-            selection.take(self.hidden).to(workspace.head.dtype),
+            workspace.head.rows(selection.take(self.hidden)),
             selection.take(self.token_ids),
             selection,
         )
@@ -78,6 +72,10 @@ class Scoring:
         )
 
 
+def nothing_to_flush() -> None:
+    """Passes that make no gradients leave nothing waiting."""
+
+
 Visit = Callable[[Tensor, Rows, Tensor], None]  # logits of a chunk, its rows, their temperature
 
 
@@ -86,7 +84,7 @@ def score_rows(
 ) -> Scored:
     """Score the selected rows. `visit` sees the logits of each chunk."""
     parts = []
-    for chunk in chunk_rows(selection.count, workspace.limit):
+    for chunk in pieces_of_rows(selection.count, workspace.room, nothing_to_flush):
         piece = selection.piece(chunk)
         rows, logits = scoring.rows(piece, workspace)
         temperature = scoring.temperature_of(piece)
@@ -103,13 +101,13 @@ def score_rows(
 
 
 def add_score_gradient(
-    scoring: Scoring, selection: Selection, scored: Scored, upstream: Upstream, gradients: HeadGradients,
-    workspace: Workspace,
+    scoring: Scoring, selection: Selection, scored: Scored, upstream: Upstream, gradients: HeadGradients
 ) -> None:  # fmt: skip
     """Recompute the logits of the selected rows and add their gradients; `scored` and `upstream` are theirs."""
-    for chunk in chunk_rows(selection.count, workspace.limit):
+    workspace = gradients.workspace
+    for chunk in pieces_of_rows(selection.count, workspace.room, gradients.flush):
         piece, within = selection.piece(chunk), Selection.every(selection.count).piece(chunk)
         rows, logits = scoring.rows(piece, workspace)
         part = Upstream(*(within.take(value) for value in upstream))
         scoring.gradient(logits, rows, Scored(*(within.take(value) for value in scored)), part)
-        gradients.add(logits, rows, part.active(), workspace)
+        gradients.add(logits, rows, part.active())
