@@ -61,7 +61,7 @@ class TrainConfig:
     sft_batch_size: int = 32
     """Examples per SFT step."""
     sft_learning_rate: float = 4e-3
-    """Peak learning rate of SFT; warms up over 50 steps, then falls linearly to 5 %."""
+    """Peak learning rate of SFT; warms up over 50 steps, then falls linearly to 2 %."""
 
     # GRPO: sampling
     max_steps: int = 50
@@ -88,6 +88,8 @@ class TrainConfig:
     """Clip range above 1."""
     num_iterations: int = 1
     """Updates per sampled batch (mu of Algorithm 1)."""
+    supervision: Literal["outcome", "process"] = "outcome"
+    """process: reward every line of the working (jobs that can: story), not only the final answer."""
     scale_rewards: Literal["group", "batch", "none"] | None = None
     """What advantages are divided by: the standard deviation in the group, in the batch, or nothing. Default: the
     objective's own (group for GRPO)."""

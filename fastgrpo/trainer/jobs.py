@@ -75,6 +75,15 @@ def default_config(job: str) -> TrainConfig:
 
 def make_task(config: TrainConfig) -> "Task":
     """The job's problems; reads the user's files if it has any."""
+    from fastgrpo.trainer.tasks.base import OutcomeOnly
+
+    task = _make_task(config)
+    if config.supervision == "process" and isinstance(task, OutcomeOnly):
+        raise ValueError(f"supervision must be outcome: the job {config.job} cannot reward lines")
+    return task
+
+
+def _make_task(config: TrainConfig) -> "Task":
     from fastgrpo.trainer.tasks.copy_digits import CopyDigits
     from fastgrpo.trainer.tasks.gsm8k import load_gsm8k
     from fastgrpo.trainer.tasks.gsm8k_equations import load_equations

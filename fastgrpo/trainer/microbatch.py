@@ -17,16 +17,20 @@ class MicroBatch:
     """Some completions of a step, and what is known about their N tokens."""
 
     tokens: TokenBatch
-    advantage: Tensor  # [B]
+    advantage: Tensor  # [B], or [N] under process supervision
     rollout_logprob: Tensor | None  # [N]
     ref_logprob: Tensor | None = None  # [N]
     old_logprob: Tensor | None = None  # [N]; None while the policy is still the one that sampled
     counts: bool = True  # False: only there because every rank must make the same number of passes
 
+    def __len__(self) -> int:
+        """Number of completions."""
+        return len(self.tokens.input_ids)
+
     def halves(self) -> "list[MicroBatch]":
         """The same completions as two micro-batches, if there are two."""
-        middle = len(self.advantage) // 2
-        parts = (slice(0, middle), slice(middle, len(self.advantage)))
+        middle = len(self) // 2
+        parts = (slice(0, middle), slice(middle, len(self)))
         return [self._rows(part) for part in parts] if middle else [self]
 
     def _rows(self, rows: slice) -> "MicroBatch":
@@ -44,7 +48,9 @@ class MicroBatch:
         )
         per_token = (self.rollout_logprob, self.ref_logprob, self.old_logprob)
         sampled, ref, old = map(cut, per_token)
-        return MicroBatch(tokens, self.advantage[rows], sampled, ref, old, self.counts)
+        whole = len(self.advantage) == len(self)
+        advantage = self.advantage[rows] if whole else self.advantage[first:last]
+        return MicroBatch(tokens, advantage, sampled, ref, old, self.counts)
 
 
 @dataclass(slots=True)
@@ -54,6 +60,11 @@ class Portion:
     batches: list[MicroBatch]
     normalizer: Tensor  # 0-dim: D over the portion, all ranks included
 
+    @property
+    def size(self) -> int:
+        """Number of completions that are trained on."""
+        return sum(len(batch) for batch in self.batches if batch.counts)
+
     def pad_to(self, passes: int, spare: MicroBatch) -> None:
         """Adds passes that count for nothing, so that every rank makes as many."""
         spare = replace(spare, counts=False)
@@ -62,7 +73,7 @@ class Portion:
 
 def split(
     rollout: Rollout,
-    advantage: Tensor,  # [B]
+    advantage: Tensor,  # [B], or [N] packed
     *,
     size: int,
     drop_zero_advantage: bool,
@@ -72,8 +83,9 @@ def split(
 ) -> list[MicroBatch]:
     """Micro-batches of at most `size` completions, similar lengths together."""
     kept = list(range(len(rollout.lengths)) if rows is None else rows)
+    shares = advantage.split(rollout.lengths if len(advantage) != len(rollout.lengths) else 1)
     if drop_zero_advantage:
-        kept = [i for i in kept if advantage[i] != 0]
+        kept = [i for i in kept if shares[i].any()]
     total = [len(rollout.prompt_ids[i]) + rollout.lengths[i] for i in kept]
     batches = []
     for group in micro_batches(total, size):
@@ -84,7 +96,8 @@ def split(
         sampled = None
         if rollout.logprob is not None:
             sampled = torch.cat([rollout.logprob[i] for i in rows]).to(device)
-        batches.append(MicroBatch(tokens.to(device), advantage[rows].to(device), sampled))
+        worth = torch.cat([shares[i] for i in rows]).to(device)
+        batches.append(MicroBatch(tokens.to(device), worth, sampled))
     return batches
 
 

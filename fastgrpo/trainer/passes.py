@@ -70,7 +70,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _use_less(state: State, portion: Portion, failure: str) -> None:
     """Halves the micro-batches of this portion and of all that come."""
-    largest = max(len(batch.advantage) for batch in portion.batches)
+    largest = max(len(batch) for batch in portion.batches)
     size = max(1, largest // 2)
     if state.run.ranks.world_size > 1:
         raise TrainingStopped(
@@ -87,7 +87,7 @@ def _use_less(state: State, portion: Portion, failure: str) -> None:
         torch.cuda.empty_cache()
     halves: list[MicroBatch] = []
     for batch in portion.batches:
-        halves += batch.halves() if len(batch.advantage) > size else [batch]
+        halves += batch.halves() if len(batch) > size else [batch]
     portion.batches = halves
     state.micro_batch_size = size
 

@@ -15,9 +15,7 @@ from fastgrpo.trainer.tasks.base import Problem, Task
 from fastgrpo.trainer.text import encode_completions, encode_prompts
 
 WARMUP_STEPS = 50
-FINAL_FACTOR = 0.05
-DECAYED_AT = 0.9
-"""The learning rate falls until here and then stays: what is shown last forms a habit without undoing the skill."""
+FINAL_FACTOR = 0.02
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
@@ -41,9 +39,7 @@ def sft(
     )
     device = next(model.parameters()).device
     for step, batch in enumerate(demonstrations(task, tokenizer, config)):
-        factor = learning_rate_factor(
-            "linear", step, int(DECAYED_AT * config.sft_steps), WARMUP_STEPS
-        )
+        factor = learning_rate_factor("linear", step, config.sft_steps, WARMUP_STEPS)
         for group in optimizer.param_groups:
             group["lr"] = peak * (FINAL_FACTOR + (1 - FINAL_FACTOR) * factor)
         loss = -policy(batch.to(device)).mean()

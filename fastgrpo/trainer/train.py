@@ -23,6 +23,7 @@ from fastgrpo.trainer.algorithm import learning_rate_factor, make_advantage, mak
 from fastgrpo.trainer.clock import Clock
 from fastgrpo.trainer.passes import backward, skip_or_stop
 from fastgrpo.trainer.portions import divide
+from fastgrpo.trainer.process import step_advantage
 from fastgrpo.trainer.rollout import Rollout
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.state import Scored, State, grad_norm_
@@ -97,10 +98,15 @@ def sample(state: State, objective: Objective, clock: Clock) -> Scored:
     facts = [rollout.lengths, rollout.truncated, [len(ids) for ids in rollout.prompt_ids]]
     lengths, truncated, prompt = run.ranks.rows(torch.tensor(facts).T, state.counts).T.tolist()
     advantage = make_advantage(reward, config)
+    worth, numbers = state.share_of(advantage), dict[str, float]()
+    if config.supervision == "process":
+        worth, numbers["step_reward"] = step_advantage(
+            run.task, run.tokenizer, asked, rollout, config.num_generations
+        )
     clock.lap("score")
 
     drop = config.drop_zero_advantage or config.beta == 0
-    portions = divide(state, rollout, objective, state.share_of(advantage), drop)
+    portions = divide(state, rollout, objective, worth, drop)
     with torch.no_grad():
         for number, portion in enumerate(portions):
             for batch in portion.batches:
@@ -115,8 +121,9 @@ def sample(state: State, objective: Objective, clock: Clock) -> Scored:
         completions,
         portions,
         reward_numbers(run.rewards, reward, advantage, config.num_generations)
-        | length_numbers(lengths, truncated),
-        num_trained=int(advantage.advantage.count_nonzero()) if drop else len(lengths),
+        | length_numbers(lengths, truncated)
+        | numbers,
+        num_trained=int(run.ranks.sum(torch.tensor(sum(portion.size for portion in portions)))),
         num_tokens=sum(lengths) + sum(prompt),
     )
 

@@ -24,6 +24,14 @@ class Problem:
     slice: str | None = None  # accuracy is also reported per slice, e.g. "seen" / "unseen"
 
 
+class OutcomeOnly:
+    """For jobs whose lines cannot be told right from wrong."""
+
+    def line_rewards(self, problem: Problem, lines: Sequence[str]) -> list[float]:
+        """Raises: there is no process to supervise."""
+        raise ValueError("supervision must be outcome for this job: it cannot reward single lines")
+
+
 @dataclass(frozen=True, slots=True)
 class TinyModel:
     """Size of the Llama that a job makes when the user names no model."""
@@ -34,6 +42,9 @@ class TinyModel:
     num_attention_heads: int = 4
     max_position_embeddings: int = 256
     initializer_range: float = 0.05
+    rope_theta: float = (
+        100.0  # sequences are short: with the usual 10,000 most of the rotations would hardly turn
+    )
 
     def llama_config(self, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         """The architecture, with the vocabulary and special tokens of the job's tokenizer."""
@@ -46,6 +57,7 @@ class TinyModel:
             num_key_value_heads=self.num_attention_heads,
             max_position_embeddings=self.max_position_embeddings,
             initializer_range=self.initializer_range,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -79,6 +91,9 @@ class Task(Protocol):
 
     def rewards(self, eos_id: int) -> dict[str, Reward]:
         """Reward functions by name; their sum is what GRPO maximises."""
+
+    def line_rewards(self, problem: Problem, lines: Sequence[str]) -> list[float]:
+        """Rewards of the lines of a completion, for process supervision."""
 
     def parse_answer(self, completion: str) -> str | None:
         """The final answer a completion gives, None if it gives none: what accuracy and majority votes compare."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from fastgrpo.trainer.tasks.base import SPLITS, Problem, Reward, TinyModel
+from fastgrpo.trainer.tasks.base import SPLITS, OutcomeOnly, Problem, Reward, TinyModel
 from fastgrpo.trainer.tasks.tokenizer import word_tokenizer
 
 DIGITS = 3
@@ -53,7 +53,7 @@ class RightTokens:
 
 
 @dataclass(frozen=True)
-class CopyDigits:
+class CopyDigits(OutcomeOnly):
     """The copy job."""
 
     model: TinyModel = TinyModel(hidden_size=64, intermediate_size=256, initializer_range=0.02)

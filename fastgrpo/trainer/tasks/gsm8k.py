@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from fastgrpo.trainer.answers import final_number
 from fastgrpo.trainer.jsonl import DataError, read_records
 from fastgrpo.trainer.rewards import ExactAnswer
-from fastgrpo.trainer.tasks.base import Problem, Reward, TinyModel
+from fastgrpo.trainer.tasks.base import OutcomeOnly, Problem, Reward, TinyModel
 
 INSTRUCTION = "Reason step by step, and give the final number on a last line after ####."
 ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -44,7 +44,7 @@ def load_gsm8k(data: str, test_data: str | None) -> "Gsm8k":
 
 
 @dataclass(frozen=True)
-class Gsm8k:
+class Gsm8k(OutcomeOnly):
     """The job on the problems of each split."""
 
     splits: dict[str, list[Problem]]

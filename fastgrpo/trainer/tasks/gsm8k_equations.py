@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastgrpo.trainer.jsonl import DataError, read_records
 from fastgrpo.trainer.rewards import ExactAnswer
-from fastgrpo.trainer.tasks.base import SPLITS, Problem, Reward, TinyModel
+from fastgrpo.trainer.tasks.base import SPLITS, OutcomeOnly, Problem, Reward, TinyModel
 from fastgrpo.trainer.tasks.story import parse_answer
 from fastgrpo.trainer.tasks.tokenizer import word_tokenizer
 
@@ -76,7 +76,7 @@ def load_equations(data: str, test_data: str | None) -> "Gsm8kEquations":
 
 
 @dataclass(frozen=True)
-class Gsm8kEquations:
+class Gsm8kEquations(OutcomeOnly):
     """The job on the problems of each split."""
 
     splits: dict[str, list[Problem]]

@@ -15,6 +15,7 @@ out), so no test question has been seen under another name.
 
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
@@ -94,9 +95,9 @@ class Story:
 
     answer_only: float = 0.75
     """Share of bare answers in the last part of SFT. At .75 a group of 8 holds a worked solution 9 times in 10."""
-    answer_only_from: float = 0.93
-    """Where in SFT (as a share of its steps) bare answers begin."""
-    model: TinyModel = TinyModel(hidden_size=96, intermediate_size=384)
+    answer_only_from: float = 0.8
+    """Where in SFT (as a share of its steps) bare answers begin: early enough for the working to recover from it."""
+    model: TinyModel = TinyModel(hidden_size=64, intermediate_size=256, num_hidden_layers=3)
     about_base: str = (
         "The base model was made on purpose to answer without working: SFT taught it worked solutions, "
         "then mostly bare answers."
@@ -134,6 +135,20 @@ class Story:
     def rewards(self, eos_id: int) -> dict[str, Reward]:
         """1 for the right final number, else 0."""
         return {"exact_answer": ExactAnswer(parse_answer, eos_id)}
+
+    def line_rewards(self, problem: Problem, lines: Sequence[str]) -> list[float]:
+        """1 for a line of the reference solution in its place, and for the right answer wherever it is given first.
+
+        Any other line earns 0. If all true lines earned something, true lines that lead nowhere would pay.
+        """
+        *steps, answer = problem.solution.split("\n")
+        rewards = []
+        for i, line in enumerate(lines):
+            if line.startswith(ANSWER_MARK):
+                rewards.append(float(line == answer))
+                break
+            rewards.append(float(i < len(steps) and line == steps[i]))
+        return rewards + [0.0] * (len(lines) - len(rewards))
 
     def parse_answer(self, completion: str) -> str | None:
         """See the module's `parse_answer`."""
