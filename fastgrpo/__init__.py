@@ -20,9 +20,17 @@ if TYPE_CHECKING:
     from fastgrpo.functional.checks import checks
     from fastgrpo.functional.kl_estimate import kl_estimate
     from fastgrpo.functional.linear.report import path_report
+    from fastgrpo.functional.linear.workspace import release_workspace
     from fastgrpo.functional.linear_token_logprob import linear_token_logprob
+    from fastgrpo.functional.linear_token_statistics import (
+        TokenStatistics,
+        linear_token_statistics,
+    )
     from fastgrpo.functional.support_logprob import linear_support_logprob, support_logprob
     from fastgrpo.functional.token_logprob import TokenLogprob, token_logprob
+    from fastgrpo.functional.vocabulary_parallel_token_logprob import (
+        vocabulary_parallel_token_logprob,
+    )
     from fastgrpo.linear_losses import LinearGRPOLoss, linear_grpo_loss
     from fastgrpo.losses import GRPOLoss, PolicyLoss, grpo_loss, policy_loss
     from fastgrpo.metrics import Metrics
@@ -47,6 +55,7 @@ _HOMES = {
     "RowPlan": "fastgrpo.row_plan",
     "Sigmoid": "fastgrpo.choices",
     "TokenLogprob": "fastgrpo.functional.token_logprob",
+    "TokenStatistics": "fastgrpo.functional.linear_token_statistics",
     "backend_report": "fastgrpo.ops.backend",
     "checks": "fastgrpo.functional.checks",
     "gae": "fastgrpo.advantages",
@@ -57,14 +66,17 @@ _HOMES = {
     "linear_grpo_loss": "fastgrpo.linear_losses",
     "linear_support_logprob": "fastgrpo.functional.support_logprob",
     "linear_token_logprob": "fastgrpo.functional.linear_token_logprob",
+    "linear_token_statistics": "fastgrpo.functional.linear_token_statistics",
     "path_report": "fastgrpo.functional.linear.report",
     "plan_rows": "fastgrpo.row_plan",
     "policy_loss": "fastgrpo.losses",
     "process_advantage": "fastgrpo.advantages",
     "register_surrogate": "fastgrpo.surrogates",
+    "release_workspace": "fastgrpo.functional.linear.workspace",
     "support_logprob": "fastgrpo.functional.support_logprob",
     "token_logprob": "fastgrpo.functional.token_logprob",
     "value_loss": "fastgrpo.advantages",
+    "vocabulary_parallel_token_logprob": "fastgrpo.functional.vocabulary_parallel_token_logprob",
 }
 
 __all__ = [
@@ -82,6 +94,7 @@ __all__ = [
     "RowPlan",
     "Sigmoid",
     "TokenLogprob",
+    "TokenStatistics",
     "backend_report",
     "checks",
     "gae",
@@ -92,14 +105,17 @@ __all__ = [
     "linear_grpo_loss",
     "linear_support_logprob",
     "linear_token_logprob",
+    "linear_token_statistics",
     "path_report",
     "plan_rows",
     "policy_loss",
     "process_advantage",
     "register_surrogate",
+    "release_workspace",
     "support_logprob",
     "token_logprob",
     "value_loss",
+    "vocabulary_parallel_token_logprob",
 ]
 
 

@@ -87,7 +87,10 @@ class Head:
     def describe(self) -> str:
         """One line for the log and the report."""
         operands, logits = (str(d).removeprefix("torch.") for d in (self.dtype, self.logits_dtype))
-        return f"{self.weight.device.type}, {operands} products ({self.mode}), {logits} logits"
+        text = f"{self.weight.device.type}, {operands} products ({self.mode}), {logits} logits"
+        if self.logits_dtype in HALF:
+            text += f" (log-probs off by up to {torch.finfo(self.logits_dtype).eps / 4:.0e} of the largest logit)"
+        return text
 
     def rows(self, hidden: Tensor) -> Tensor:
         """Hidden states as the products take them."""
