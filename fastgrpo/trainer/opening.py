@@ -30,7 +30,8 @@ def open_run(config: TrainConfig) -> Opened:
     folder, source = config.output_dir, None
     if config.resume not in ("auto", "never"):
         source = Path(config.resume)
-        folder = folder or str(run_of(source))
+        own = run_of(source)
+        folder = folder or str(own)
     if folder is None and (config.resume == "auto" or processes > 1):
         why = "--resume auto" if config.resume == "auto" else "a run of several processes"
         raise rundir.RunDirError(f"{why} needs --output-dir")

@@ -48,7 +48,7 @@ class Checkpoint:
         self.position: Position = (self.manifest["step"], self.manifest["update"])
         self.world_size: int = self.manifest["world_size"]
         if name_of(self.position) != path.name:
-            raise manifest.Invalid(f"its manifest belongs to {name_of(self.position)}")
+            raise manifest.Invalid(f"its {manifest.NAME} belongs to {name_of(self.position)}")
 
     def verify(self) -> None:
         """Reads every file; raises `Invalid` naming the first that is not as saved."""
