@@ -20,7 +20,10 @@ def tokenizer(story: Story) -> PreTrainedTokenizerFast:
 def tiny_llama(tokenizer: PreTrainedTokenizerFast, **changes: object) -> LlamaForCausalLM:
     """A random model, loud enough that its next-token distributions are far from uniform."""
     config = Story().model.llama_config(tokenizer)
-    config.update({"initializer_range": 0.3, **changes})
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config.update(
+        {"initializer_range": 0.3, "num_hidden_layers": 2, "rope_parameters": rope, **changes}
+    )
     torch.manual_seed(1)
     return LlamaForCausalLM(config).eval()
 
