@@ -44,7 +44,9 @@ def test_exit_code_is_0_only_if_every_op_is_native(diagnosis, monkeypatch, capsy
     assert doctor.main([]) == 0
     assert "ok: every op has a native kernel for cpu." in capsys.readouterr().out
     slow = Kernel("reference", "_C_cpu.so was not built")
-    monkeypatch.setattr(doctor, "diagnose", lambda **_: with_kernels(diagnosis, "cpu", grpo_loss=slow))
+    monkeypatch.setattr(
+        doctor, "diagnose", lambda **_: with_kernels(diagnosis, "cpu", grpo_loss=slow)
+    )
     assert doctor.main([]) == 1
     out = capsys.readouterr().out
     assert "no native kernel here: reference (_C_cpu.so was not built)" in out

@@ -21,7 +21,7 @@ def number_tensor(values: Sequence[float], dtype: torch.dtype, device: torch.dev
     or under a dispatch mode (fake tensors), the tensor is made anew.
     """
     if torch.compiler.is_compiling():
-        # Only arithmetic with a tensor keeps a Python float symbolic through Inductor; torch.tensor([x]) is specialised.
+        # Only arithmetic with a tensor keeps a Python float symbolic through Inductor; torch.tensor([x]) specialises.
         one = torch.ones((), dtype=dtype, device=device)
         return torch.stack([one * value for value in values]) if values else one.new_empty(0)
     if device.type == "cpu" or _get_current_dispatch_mode() is not None:

@@ -44,7 +44,7 @@ def test_every_system_call_of_a_save_may_fail(monkeypatch, tmp_path, kind):
             try:
                 Store(place, limit=1).save((2, -1), [(n, c[:8]) for n, c in first])
             except OSError as error:
-                assert error.errno == kind
+                assert error.errno == kind  # noqa: PT017 (some faults are survived)
                 failures += 1
         newest = Store(place, limit=1).newest(pytest.fail)
         assert newest is not None
