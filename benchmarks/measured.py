@@ -1,14 +1,15 @@
-"""Committed results, read: every provider in its best allocator setting, and which ratios two runs agree on."""
+"""Committed results, read: every provider in its best allocator setting, and which ratios all runs agree on."""
 
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 from fastgrpo.bench.rows import Row, compare, read_jsonl
 
-AGREEMENT = 0.10  # two runs must give a ratio within this of each other for the README to quote it
+AGREEMENT = 0.10  # all runs must give a ratio within this of each other, and there must be two, for it to be quoted
 Line = tuple[dict[str, Any], Row]
 
 
@@ -22,22 +23,19 @@ class Run(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """How many times longer than ours a provider takes, in the first run and in the second (None: not measured)."""
+    """How many times longer than ours a provider takes, in each run that measured it."""
 
-    first: float
-    second: float | None
+    values: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Geometric mean of the two."""
-        return self.first if self.second is None else (self.first * self.second) ** 0.5
+        """Geometric mean over the runs."""
+        return geometric_mean(self.values)
 
     @property
     def agrees(self) -> bool:
-        """Whether it was measured twice with the same outcome."""
-        if self.second is None:
-            return False
-        return max(self.first, self.second) / min(self.first, self.second) <= 1 + AGREEMENT
+        """Whether it was measured more than once, always with the same outcome."""
+        return len(self.values) > 1 and max(self.values) / min(self.values) <= 1 + AGREEMENT
 
 
 def runs(paths: Iterable[Path]) -> list[Run]:
@@ -70,13 +68,20 @@ def best_allocator(lines: Iterable[Line]) -> list[Row]:
 
 
 def ratio(name: str, case: str, of: list[Run]) -> Ratio | None:
-    """The ratio of a provider on a case in the first two runs; None where it has none."""
-    values = [
+    """The ratio of a provider on a case in every run; None where it has none."""
+    values = tuple(
         row.speedup_of_ours
-        for run in of[:2]
+        for run in of
         for row in run.rows
-        if row.provider == name and row.case == case
-    ]
-    if not values or values[0] is None:
-        return None
-    return Ratio(values[0], values[1] if len(values) > 1 else None)
+        if row.provider == name and row.case == case and row.speedup_of_ours
+    )
+    return Ratio(values) if values else None
+
+
+def middle(of: list[Run]) -> list[Row]:
+    """Of each row that of the run with the median time (of two the faster)."""
+    found: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for run in of:
+        for row in run.rows:
+            found[row.case, row.provider].append(row)
+    return [sorted(rows, key=lambda row: row.ms)[(len(rows) - 1) // 2] for rows in found.values()]

@@ -16,8 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.measured import Run, ratio, runs
-from fastgrpo.bench.goals import verdicts
+from benchmarks.measured import Run, middle, ratio, runs
+from fastgrpo.bench.goals import Verdict, verdicts
 from fastgrpo.bench.report import HEADER, cells
 from fastgrpo.bench.rows import Row
 
@@ -74,11 +74,11 @@ def title(row: Row) -> str:
 
 
 def speed(of: list[Run]) -> str:
-    """Peers against ours, a row per case: how many times longer they take. Only what two runs agree on."""
+    """Peers against ours, a row per case: how many times longer they take. Only what all runs agree on."""
     if not of:
         return NOTHING
     left_out, lines = [], []
-    for case, group in groupby(of[0].rows, key=lambda row: row.case):
+    for case, group in groupby(middle(of), key=lambda row: row.case):
         rows = {row.provider: row for row in group}
         ours = min(
             (r for r in rows.values() if r.ours and r.speedup_of_ours),
@@ -102,15 +102,15 @@ def speed(of: list[Run]) -> str:
                 line.append(f"{found.mean:.1f}x" if found.mean >= 1 else f"**{found.mean:.2f}x**")
         line.append("" if ours.to_floor is None else f"{ours.to_floor:.2f}x")
         lines.append(line)
-    sizes = sorted({f"N={r.tokens}, V={r.vocabulary:,}" for r in of[0].rows if r.vocabulary > 1})
+    sizes = sorted({f"N={r.tokens}, V={r.vocabulary:,}" for r in middle(of) if r.vocabulary > 1})
     text = table(["", "fastgrpo", *PEERS, "limit"], lines)
     text += f"\n{about(of[0])}; {' and '.join(sizes)}. "
     text += (
         "Peers: their time divided by ours, each in its better allocator setting; below 1 (bold) the peer is faster. "
-        "Limit: our time divided by that of the bare matrix products, or of moving the logits. Means of two runs."
+        "Limit: our time divided by that of the bare matrix products, or of moving the logits. Means of all runs."
     )
     if left_out:
-        text += f" †: left out, the two runs differ by more than 10 % ({len(left_out)} of {len(lines) * len(PEERS)})."
+        text += f" †: left out, the runs differ by more than 10 % ({len(left_out)} of {len(lines) * len(PEERS)})."
     return text + "\n"
 
 
@@ -123,38 +123,30 @@ def _gpu() -> list[Run]:
 
 
 def goals() -> str:
-    """Every goal and its outcome, of the first run with one thread."""
+    """Every goal and its outcome in every run with one thread."""
     of = _cpu(1)
     if not of:
         return NOTHING
-    both = [{(v.case, v.goal): v for v in verdicts(run.rows, False)} for run in of[:2]]
+    found: dict[tuple[str, str], list[Verdict]] = {}
+    for run in of:
+        for verdict in verdicts(run.rows, False):
+            found.setdefault((verdict.case, verdict.goal), []).append(verdict)
     rows = []
-    for key, verdict in both[0].items():
-        again = both[1].get(key) if len(both) > 1 else None
-        values = f"{verdict.value:.2f}" + (f", {again.value:.2f}" if again else "")
-        passed = verdict.passed and (again is None or again.passed)
-        sign = ">=" if verdict.at_least else "<="
-        rows.append(
-            [
-                verdict.case,
-                verdict.goal,
-                f"{sign} {verdict.target:g}",
-                values,
-                "pass" if passed else "**FAIL**",
-            ]
-        )
-    return (
-        table(["case", "goal", "target", "measured (two runs)", ""], rows) + f"\n{about(of[0])}\n"
-    )
+    for (case, goal), several in found.items():
+        sign = ">=" if several[0].at_least else "<="
+        values = ", ".join(f"{verdict.value:.2f}" for verdict in several)
+        outcome = "pass" if all(verdict.passed for verdict in several) else "**FAIL**"
+        rows.append([case, goal, f"{sign} {several[0].target:g}", values, outcome])
+    return table(["case", "goal", "target", "measured, each run", ""], rows) + f"\n{about(of[0])}\n"
 
 
 def everything() -> str:
-    """All rows of the first run with one thread, case by case."""
+    """All rows with one thread, case by case, of the median run."""
     of = _cpu(1)
     if not of:
         return NOTHING
     parts = []
-    for case, group in groupby(of[0].rows, key=lambda row: row.case):
+    for case, group in groupby(middle(of), key=lambda row: row.case):
         parts.append(f"**{case}**\n\n" + table(list(HEADER), [list(cells(row)) for row in group]))
     return "\n".join(parts)
 

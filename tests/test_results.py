@@ -58,10 +58,10 @@ def test_a_ratio_that_two_runs_disagree_on_is_left_out(results):
     assert "3.0x" not in text
 
 
-def test_one_run_alone_is_not_quoted():
-    assert not Ratio(2.0, None).agrees
-    assert Ratio(2.0, 2.19).agrees
-    assert not Ratio(2.0, 2.21).agrees
+def test_one_run_alone_is_not_quoted_and_all_runs_must_agree():
+    assert not Ratio((2.0,)).agrees
+    assert Ratio((2.0, 2.19)).agrees
+    assert not Ratio((2.0, 2.1, 2.21)).agrees
 
 
 def test_goals_say_pass_and_fail(results):
