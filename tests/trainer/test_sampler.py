@@ -60,7 +60,8 @@ def test_decoder_equals_the_hugging_face_forward_on_padded_prompts(model):
 
 
 def test_compaction_changes_no_token_and_no_logprob(model):
-    with_, without = sample(model), sample(model, compact=False)
+    size = {"num_samples": 24, "max_new_tokens": 30}
+    with_, without = sample(model, **size), sample(model, compact=False, **size)
     assert len({len(c) for c in with_.completion_ids}) > 3, (
         "rows must end at different times for this test to bite"
     )
