@@ -95,7 +95,8 @@ class Products:
         def counted_gradients(head, task):
             rows = task.dlogits.shape[0]
             self.hidden += rows * (task.dhidden is not None)
-            self.weight += rows * (task.dweight is not None)
+            if task.dweight is not None:  # a slab of the weight at a time, where it will be converted
+                self.weight += rows * task.dlogits.shape[1] / head.weight.shape[0]
             add_gradients(head, task)
 
         monkeypatch.setattr(head, "project", counted_project)
@@ -103,6 +104,6 @@ class Products:
 
     def take(self) -> tuple[int, int, int]:
         """Rows so far (logits, hidden gradient, weight gradient), and start again from 0."""
-        counts = (self.logits, self.hidden, self.weight)
+        counts = (self.logits, self.hidden, round(self.weight))
         self.logits = self.hidden = self.weight = 0
         return counts

@@ -47,6 +47,15 @@ class GradientTask(NamedTuple):
     dweight: Tensor | None  # [V, H], written or added to
     first: bool  # written
 
+    def columns(self, start: int, stop: int, dweight: Tensor) -> "GradientTask":
+        """The weight's part of the task for the columns [start, stop)."""
+        residual, target = self.residual, self.target - start
+        if residual is not None:
+            residual = residual.where((target >= 0) & (target < stop - start), 0.0)
+        return self._replace(
+            dlogits=self.dlogits[:, start:stop], residual=residual, target=target, dhidden=None, dweight=dweight
+        )  # fmt: skip
+
     def column(self) -> Tensor:
         """A valid column for each row's token."""
         return self.target.clamp(0, self.dlogits.shape[1] - 1)

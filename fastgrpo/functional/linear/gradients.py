@@ -8,6 +8,7 @@ from torch import Tensor
 from fastgrpo.functional.linear.gemm import HALF, GradientTask
 from fastgrpo.functional.linear.gemm_mixed import target_residual
 from fastgrpo.functional.linear.rows import Selection
+from fastgrpo.functional.linear.weight_sum import WeightSum
 from fastgrpo.functional.linear.workspace import Workspace
 
 
@@ -87,17 +88,17 @@ class HeadGradients:
         self._wide = torch.float32 if head.dtype in HALF else head.dtype
         self._pending: list[Rows] = []
         self._residuals: list[Tensor] = []
-        self._buffer = self._weight = weight_buffer
-        self._first = weight_buffer is None
+        self._buffered = weight_buffer is not None
+        self._weight: WeightSum | None = None
         self.hidden = self._bias = None
         if needs.hidden:
             self.hidden = torch.zeros_like(like.hidden, memory_format=torch.contiguous_format)
-        if needs.weight and weight_buffer is None:
+        if weight_buffer is not None:
+            self._weight = WeightSum([weight_buffer], first=False)
+        elif needs.weight:
             dtype = like.weight.dtype
             direct = products == 1 and not keep_wide and head.writes(dtype)
-            self._weight = like.weight.new_empty(
-                head.weight.shape, dtype=dtype if direct else self._wide
-            )
+            self._weight = WeightSum.like(like.weight, dtype if direct else self._wide)
         if needs.bias:
             self._bias = like.weight.new_zeros(head.weight.shape[0], dtype=self._wide)
 
@@ -144,7 +145,7 @@ class HeadGradients:
             self._bias += dlogits.sum(0, dtype=self._bias.dtype)
 
     def _multiply(self, dlogits: Tensor, rows: Rows, residual: Tensor | None = None) -> None:
-        selection, out = rows.selection, None
+        selection, out, weight = rows.selection, None, self._weight
         if self.hidden is not None:
             in_place = selection.index is None
             out = (
@@ -152,25 +153,27 @@ class HeadGradients:
                 if in_place
                 else torch.empty_like(rows.hidden, dtype=self.hidden.dtype)
             )
-        if not self._first and self._buffer is None and self._weight is not None:
-            self._weight = self._weight.to(self._wide)  # more products than were announced
-        self.head.add_gradients(
-            GradientTask(
-                dlogits, residual, rows.hidden, rows.target, out, self._weight, self._first
-            )
-        )
-        self._first = self._first and self._weight is None
+        if weight is not None and not weight.first and not self._buffered:
+            weight.widen(self._wide)
+        whole = weight.slabs[0] if weight is not None and len(weight.slabs) == 1 else None
+        first = weight is not None and weight.first
+        task = GradientTask(dlogits, residual, rows.hidden, rows.target, out, whole, first)
+        if out is not None or whole is not None:
+            self.head.add_gradients(task)
+        if weight is not None:
+            if whole is None:
+                for slab, (start, stop) in zip(weight.slabs, weight.bounds(), strict=True):
+                    self.head.add_gradients(task.columns(start, stop, slab))
+            weight.first = False
         if self.hidden is not None and out is not None and selection.index is not None:
             self.hidden.index_copy_(0, selection.index, out)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of hidden states, weight and bias; None where not wanted or added to a caller's buffer."""
         self.workspace.release()
-        weight = None if self._buffer is not None else self._weight
-        if weight is not None and self._first:
-            weight.zero_()
-        bias = self._bias
-        if not self.keep_wide:
-            weight = weight if weight is None else weight.to(self.like.weight.dtype)
-            bias = bias if bias is None or self.like.bias is None else bias.to(self.like.bias.dtype)
+        weight, bias = None, self._bias
+        if self._weight is not None and not self._buffered:
+            weight = self._weight.finish(self._wide if self.keep_wide else self.like.weight.dtype)
+        if bias is not None and self.like.bias is not None and not self.keep_wide:
+            bias = bias.to(self.like.bias.dtype)
         return self.hidden, weight, bias
