@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastgrpo.trainer.rollout import Sampler
 from fastgrpo.trainer.tasks.base import Problem, Task
-from fastgrpo.trainer.text import decode, encode_prompts
+from fastgrpo.trainer.text import decode, prompt_ids
 
 PROMPTS_AT_ONCE = 64
 
@@ -123,7 +123,7 @@ def evaluate(
     def complete(
         batch: Sequence[Problem], count: int, heat: float
     ) -> tuple[list[str], list[str | None], list[int]]:
-        prompts = encode_prompts(tokenizer, [problem.prompt for problem in batch])
+        prompts = prompt_ids(tokenizer, batch)
         rollout = sampler.sample(
             prompts, num_samples=count, max_new_tokens=max_new_tokens, temperature=heat
         )

@@ -64,8 +64,19 @@ JOBS = {
             "eval_steps": 50,
         },
     ),
+    "custom": Job(
+        "your own prompts, rewards and model (needs --data FILE, --reward FILE.py:FUNCTION, --model-name-or-path DIR)",
+        {
+            "sft_steps": 0,
+            "max_steps": 500,
+            "max_completion_length": 320,
+            "learning_rate": 1e-6,
+            "per_device_train_batch_size": 8,
+            "eval_steps": 50,
+        },
+    ),
 }
-FROM_FILES = ("gsm8k-equations", "gsm8k")
+FROM_FILES = ("gsm8k-equations", "gsm8k", "custom")
 
 
 def default_config(job: str) -> TrainConfig:
@@ -85,6 +96,7 @@ def make_task(config: TrainConfig) -> "Task":
 
 def _make_task(config: TrainConfig) -> "Task":
     from fastgrpo.trainer.tasks.copy_digits import CopyDigits
+    from fastgrpo.trainer.tasks.custom import load_custom
     from fastgrpo.trainer.tasks.gsm8k import load_gsm8k
     from fastgrpo.trainer.tasks.gsm8k_equations import load_equations
     from fastgrpo.trainer.tasks.story import Story
@@ -92,8 +104,10 @@ def _make_task(config: TrainConfig) -> "Task":
     if config.job in FROM_FILES:
         if config.data is None:
             raise ValueError(
-                f"data must name a GSM8K file for the job {config.job}, e.g. --data train.jsonl"
+                f"data must name a file for the job {config.job}, e.g. --data train.jsonl"
             )
+        if config.job == "custom":
+            return load_custom(config.data, config.test_data)
         load = load_gsm8k if config.job == "gsm8k" else load_equations
         return load(config.data, config.test_data)
     for name in ("data", "test_data"):

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 
 class DataError(ValueError):
     """A file that cannot be used; its text names file and line."""
 
 
-def read_records(path: str, text_fields: Sequence[str]) -> Iterator[dict[str, str]]:
+def parse_lines(path: str, text_fields: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """The objects of a file, each of which must have the given fields as text. Empty lines are skipped."""
     try:
         lines = Path(path).read_bytes().split(b"\n")

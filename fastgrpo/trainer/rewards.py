@@ -72,7 +72,11 @@ class Rewards:
         Raises:
             RewardFault: a function failed or returned NaN, and `on_fault` is "stop".
         """
+        more = {name for p in problems for name in p.columns}
         columns: dict[str, list[Any]] = {
+            name: [p.columns.get(name) for p in problems] for name in more
+        }
+        columns |= {
             "prompts": [p.prompt for p in problems],
             "completions": list(completions),
             "completion_ids": [list(ids) for ids in completion_ids],

@@ -12,7 +12,7 @@ from fastgrpo.trainer.batch import TokenBatch, make_batch
 from fastgrpo.trainer.config import TrainConfig
 from fastgrpo.trainer.policy import Policy
 from fastgrpo.trainer.tasks.base import Problem, Task
-from fastgrpo.trainer.text import encode_completions, encode_prompts
+from fastgrpo.trainer.text import encode_completions, prompt_ids
 
 WARMUP_STEPS = 50
 FINAL_FACTOR = 0.02
@@ -61,7 +61,7 @@ def demonstrations(
         problems = task.sample("train", rng, size * BATCHES_PER_DRAW)
         progress = start / config.sft_steps
         shown = [task.demonstration(problem, rng, progress) for problem in problems]
-        prompts = encode_prompts(tokenizer, [problem.prompt for problem in problems])
+        prompts = prompt_ids(tokenizer, problems)
         completions = encode_completions(tokenizer, shown)
         order = sorted(range(len(problems)), key=lambda i: text_length(problems[i]))
         batches = [order[k : k + size] for k in range(0, len(order), size)]

@@ -15,7 +15,7 @@ from fastgrpo.trainer.settings import SettingsError
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.tally import Tally
 from fastgrpo.trainer.tasks.base import Problem
-from fastgrpo.trainer.text import encode_prompts
+from fastgrpo.trainer.text import prompt_ids
 
 
 @dataclass(slots=True)
@@ -97,10 +97,10 @@ class State:
         config, parts = self.run.config, []
         for stream in sorted(self.streams):
             self.sampler.rng_state = self.streams[stream]
-            asked = [problems[i].prompt for i in self.questions(stream)]
+            asked = [problems[i] for i in self.questions(stream)]
             parts.append(
                 self.sampler.sample(
-                    encode_prompts(self.run.tokenizer, asked),
+                    prompt_ids(self.run.tokenizer, asked),
                     num_samples=config.num_generations,
                     max_new_tokens=config.max_completion_length,
                     temperature=config.temperature,

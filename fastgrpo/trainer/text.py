@@ -5,6 +5,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from fastgrpo.trainer.tasks.base import Problem
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[list[int]]:
+    """Ids of problems' prompts: a conversation through the chat template where there are both, else the plain text."""
+    if getattr(tokenizer, "chat_template", None) and all(p.messages for p in problems):
+        render: Any = tokenizer.apply_chat_template
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        return [list(render(list(p.messages), **options)) for p in problems]
+    return encode_prompts(tokenizer, [p.prompt for p in problems])
+
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Ids of prompts, with whatever special tokens the tokenizer puts in front."""
@@ -21,9 +32,7 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special: bool
 ) -> list[list[int]]:
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    if (
-        fast is not None
-    ):  # four times faster than going through the wrapper, and SFT encodes every example it sees
+    if fast is not None:  # four times faster than through the wrapper; SFT encodes all it sees
         return [e.ids for e in fast.encode_batch(list(texts), add_special_tokens=special)]
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special)["input_ids"]
     return ids

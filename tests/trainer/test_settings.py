@@ -44,7 +44,7 @@ def test_a_saved_config_reads_back_the_same(tmp_path):
         ("seed: {", "config file"),
         (
             "job: stori",
-            "no job 'stori'. Did you mean 'story'? Jobs: story, copy, gsm8k-equations, gsm8k",
+            "no job 'stori'. Did you mean 'story'? Jobs: story, copy, gsm8k-equations, gsm8k, custom",
         ),
     ],
 )

@@ -235,7 +235,7 @@ def test_every_job_has_defaults_and_says_what_it_needs():
     for job in JOBS:
         config = default_config(job)
         if job in FROM_FILES:
-            with pytest.raises(ValueError, match="data must name a GSM8K file"):
+            with pytest.raises(ValueError, match="data must name a file for the job"):
                 make_task(config)
         else:
             assert make_task(config).sample("test", random.Random(0), 1)

@@ -2,14 +2,15 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 Reward = Callable[..., Sequence[float | None]]
 """TRL's signature: `reward(prompts=, completions=, completion_ids=, **columns)` -> a float or None per completion."""
 
+Message = dict[str, str]  # {"role": ..., "content": ...}
 SPLITS = ("train", "validation", "test")
 
 
@@ -22,6 +23,10 @@ class Problem:
     solution: str  # a completion that is right, without the end token
     key: str  # what train and test are split by: two problems of one key never lie on both sides
     slice: str | None = None  # accuracy is also reported per slice, e.g. "seen" / "unseen"
+    messages: tuple[
+        Message, ...
+    ] = ()  # the prompt as a conversation, for models with a chat template
+    columns: dict[str, Any] = field(default_factory=dict)  # what else the rewards are given
 
 
 class OutcomeOnly:

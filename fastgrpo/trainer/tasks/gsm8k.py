@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from fastgrpo.trainer.answers import final_number
-from fastgrpo.trainer.jsonl import DataError, read_records
+from fastgrpo.trainer.jsonl import DataError, parse_lines
 from fastgrpo.trainer.rewards import ExactAnswer
 from fastgrpo.trainer.tasks.base import OutcomeOnly, Problem, Reward, TinyModel
 
@@ -19,13 +19,15 @@ ANNOTATION = re.compile(r"<<[^<>]*>>")
 def read_problems(path: str) -> list[Problem]:
     """The problems of a file, in order; the calculator's annotations are taken out of the solutions."""
     problems = []
-    for number, record in enumerate(read_records(path, ["question", "answer"]), start=1):
+    for number, record in enumerate(parse_lines(path, ["question", "answer"]), start=1):
         answer = final_number(record["answer"])
         if answer is None:
             raise DataError(f"{path}, record {number}: the answer does not end in `#### number`")
         question = record["question"].strip()
         solution = ANNOTATION.sub("", record["answer"]).strip()
-        problems.append(Problem(f"{question}\n{INSTRUCTION}\n", answer, solution, question))
+        prompt = f"{question}\n{INSTRUCTION}"
+        asked = ({"role": "user", "content": prompt},)
+        problems.append(Problem(f"{prompt}\n", answer, solution, question, messages=asked))
     if not problems:
         raise DataError(f"{path}: no records")
     return problems

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from fastgrpo.trainer.jsonl import DataError, read_records
+from fastgrpo.trainer.jsonl import DataError, parse_lines
 from fastgrpo.trainer.rewards import ExactAnswer
 from fastgrpo.trainer.tasks.base import SPLITS, OutcomeOnly, Problem, Reward, TinyModel
 from fastgrpo.trainer.tasks.story import parse_answer
@@ -38,7 +38,7 @@ def equations(solution: str) -> list[tuple[str, str]]:
 def read_equations(path: str) -> list[tuple[str, str]]:
     """All kept equations of a GSM8K file, repeats included, in order."""
     found = [
-        pair for record in read_records(path, ["answer"]) for pair in equations(record["answer"])
+        pair for record in parse_lines(path, ["answer"]) for pair in equations(record["answer"])
     ]
     if not found:
         raise DataError(f"{path}: no equation like <<48/2=24>> in any record's answer")
