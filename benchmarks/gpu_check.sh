@@ -96,15 +96,15 @@ bench() {
 
 if ((dry)); then
   export FASTGRPO_DRY_RUN=1 FASTGRPO_REHEARSE=1 FASTGRPO_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1
-  stage about 60 bash -c about
+  stage about 150 bash -c about
   # Every test once; `FASTGRPO_REHEARSE=1 ... pytest tests/gpu` runs all their values.
   stage tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider -p no:warnings tests/gpu -k "linear or advantages or faults or grpo-0.04 or 31-dtype1 or True-None or repeats or garbage"
-  stage sanitize 60 "$PYTHON" -m tests.gpu.driver cpu
-  stage ceilings 60 "$PYTHON" -m benchmarks.gpu.ceilings "$out/ceilings.jsonl"
-  stage questions 60 bash -c questions
-  stage tune 60 "$PYTHON" -m benchmarks.gpu.tune "$out/tune.jsonl"
+  stage sanitize 150 "$PYTHON" -m tests.gpu.driver cpu
+  stage ceilings 150 "$PYTHON" -m benchmarks.gpu.ceilings "$out/ceilings.jsonl"
+  stage questions 150 bash -c questions
+  stage tune 150 "$PYTHON" -m benchmarks.gpu.tune "$out/tune.jsonl"
   unset FASTGRPO_BACKEND TRITON_INTERPRET # the C++ kernels: a benchmark of the interpreter says nothing
-  bench advantage 60 --quick --device cpu --what advantage --rounds 3
+  bench advantage 150 --quick --device cpu --what advantage --rounds 3
 else
   stage build 150 bash -c build
   stage about 40 bash -c about
