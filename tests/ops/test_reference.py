@@ -1,13 +1,7 @@
 """The eager reference, called directly, against torch's own softmax and autograd: it is what all kernels are held to.
 
-The subprocess at the end runs the op tests with FASTGRPO_BACKEND=reference, so that the reference meets the whole
-catalogue, every gradcheck and every printed loss formula itself, not only through the kernels that copy it.
+`test_backends.py` runs the catalogue, every gradcheck and every printed loss formula on it as well.
 """
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +11,6 @@ from fastgrpo.spec import Estimator, KLGrad
 from fastgrpo.testing import assert_matches_reference
 from tests.ops.common import NAN, OBJECTIVES, plain_logprob
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 N, V = 6, 9
 EPS64 = torch.finfo(torch.float64).eps
 
@@ -170,37 +163,3 @@ def test_one_pass_is_the_composition_and_works_in_place(name, scale):
         assert torch.equal(out[4], policy[2]), "dlogprob is returned unscaled"
         assert torch.equal(out[5], policy[3])
     assert bool((want[~LIVE] == 0).all())
-
-
-# What the reference must pass itself. Anything that starts Python or a compiler again is left out.
-FILES = [
-    "tests/ops/test_catalogue_batch.py",
-    "tests/ops/test_catalogue_logits.py",
-    "tests/ops/test_catalogue_losses.py",
-    "tests/ops/test_gradcheck.py",
-    "tests/test_losses.py",
-    "tests/test_rollout_correction.py",
-]
-
-
-@pytest.mark.skipif(
-    os.environ.get("FASTGRPO_BACKEND") == "reference", reason="this is the run on the reference"
-)
-def test_the_reference_passes_the_catalogue_itself():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        *FILES,
-    ]
-    environment = {**os.environ, "FASTGRPO_BACKEND": "reference"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -1,0 +1,284 @@
+"""Mutation check of our own tests: change one token of the source, run the tests that guard it, expect a failure.
+
+`python -m tests.tools.mutants --group reference --count 40 --seed 0` works on a copy of the repository in a temporary
+directory. Groups: reference (eager specification), triton (kernels, in the interpreter), cpu (C++, rebuilt each time),
+host (validation, batching, autograd). A mutant that does not compile or import is not counted. Results are appended as
+JSON lines; `--summary` prints the share killed and the survivors, which are either gaps or equivalent programs.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tokenize
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "tests" / "mutation" / "results.jsonl"
+LIMIT_S = 240
+
+SWAPS = {
+    "<": ("<=", ">"), "<=": ("<",), ">": (">=", "<"), ">=": (">",), "==": ("!=",), "!=": ("==",),
+    "+": ("-",), "-": ("+",), "*": ("/",), "/": ("*",), "&": ("|",), "|": ("&",), "&&": ("||",), "||": ("&&",),
+    "and": ("or",), "or": ("and",), "True": ("False",), "False": ("True",), "true": ("false",), "false": ("true",),
+    "minimum": ("maximum",), "maximum": ("minimum",), "amax": ("amin",), "amin": ("amax",), "min": ("max",),
+    "max": ("min",), "expm1": ("exp",), "log1p": ("log",), "int64": ("int32",), "int64_t": ("int32_t",),
+    "0": ("1",), "1": ("0", "2"), "2": ("1",), "0.0": ("1.0",), "1.0": ("0.0",), "0.5": ("1.0",), "4": ("2",),
+    "inf": ("nan",), "nan": ("inf",), "float64": ("float32",), "low": ("high",), "high": ("low",),
+}  # fmt: skip
+PYTHON_SKIP = re.compile(
+    r"^\s*(from |import |@|def |class |raise |assert |return f|\"\"\"|#|\w+: )|->|noqa|Error\("
+)
+CPP_SKIP = re.compile(
+    r"^\s*(#|//|template|namespace|using|case |static_assert|struct |inline |constexpr )|CHECK\(|std::|<[A-Za-z]"
+)
+CPP_TOKEN = re.compile(
+    r"[A-Za-z_][A-Za-z_0-9]*|\d+\.\d+|\d+|<=|>=|==|!=|&&|\|\||->|<<|>>|\+=|-=|\*=|[-+*/<>&|]"
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Which files are changed, and what must notice."""
+
+    files: tuple[str, ...]
+    tests: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
+    build: bool = False
+
+
+_KERNELS = ("row", "row_gradient", "token_logprob", "policy_terms", "policy_loss", "policy_metrics", "grpo_loss",
+            "kl_terms", "gates", "numerics", "kl_estimate", "scale_gradient")  # fmt: skip
+_PARTS = ("logits", "losses", "limits", "batch")
+_CATALOGUE = tuple(f"tests/ops/test_catalogue_{part}.py" for part in _PARTS)
+GROUPS = {
+    "reference": Group(
+        ("fastgrpo/reference/token_logprob.py", "fastgrpo/reference/policy_loss.py", "fastgrpo/reference/gates.py",
+         "fastgrpo/reference/kl_estimate.py", "fastgrpo/reference/grpo_loss.py", "fastgrpo/reference/log_ratio.py"),
+        ("tests/ops/test_reference.py", "tests/test_losses.py", *_CATALOGUE, "tests/test_rollout_correction.py",
+         "tests/ops/test_gradcheck.py", "tests/ops/test_determinism.py"),
+        (("FASTGRPO_BACKEND", "reference"),),
+    ),
+    # Not launch.py: its numbers are tuning, no result depends on them.
+    "triton": Group(tuple(f"fastgrpo/kernels/{name}.py" for name in _KERNELS), ("tests/interpreter",)),
+    "cpu": Group(
+        ("csrc/cpu/*.inc", "csrc/cpu/policy_*.cpp", "csrc/cpu/grpo_loss.cpp", "csrc/cpu/kl_estimate.cpp",
+         "csrc/cpu/token_logprob.cpp", "csrc/cpu/token_rows.h", "csrc/cpu/tensors.h"),
+        (*_CATALOGUE, "tests/cpu", "tests/ops/test_memory_fence.py", "tests/ops/test_determinism.py",
+         "tests/ops/test_gradcheck.py", "tests/ops/test_fuzz.py"),
+        build=True,
+    ),
+    "host": Group(
+        ("fastgrpo/batch.py", "fastgrpo/reduction.py", "fastgrpo/losses.py", "fastgrpo/metrics.py",
+         "fastgrpo/rollout_correction.py", "fastgrpo/functional/checks.py", "fastgrpo/functional/token_logprob.py",
+         "fastgrpo/functional/policy_loss.py", "fastgrpo/functional/grpo_loss.py",
+         "fastgrpo/functional/kl_estimate.py"),
+        ("tests/test_losses.py", *_CATALOGUE, "tests/ops/test_errors.py", "tests/ops/test_errors_elsewhere.py",
+         "tests/ops/test_autograd.py", "tests/ops/test_autograd_modes.py", "tests/test_metrics.py",
+         "tests/test_rollout_correction.py", "tests/ops/test_determinism.py", "tests/ops/test_large_offsets.py"),
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Mutant:
+    """One changed token, and what came of it."""
+
+    group: str
+    file: str
+    line: int
+    column: int
+    before: str
+    after: str
+    source: str = ""
+    outcome: str = ""  # killed, survived or invalid
+    by: str = ""
+    seconds: float = 0.0
+
+
+def python_tokens(text: str) -> Iterator[tuple[int, int, str]]:
+    """Line, column and text of the operators, numbers and names outside strings, comments and signatures."""
+    lines = text.splitlines()
+    depth_of_signature = 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        row, column = token.start
+        line = lines[row - 1] if row <= len(lines) else ""
+        if re.match(r"\s*(def|class) ", line) and token.string in ("def", "class"):
+            depth_of_signature = 1
+        if depth_of_signature:
+            depth_of_signature = 0 if token.string == ":" and line.rstrip().endswith(":") else 1
+            continue
+        if token.type in (tokenize.OP, tokenize.NUMBER, tokenize.NAME) and not PYTHON_SKIP.search(
+            line
+        ):
+            unpacking = token.string in ("*", "-", "+") and re.search(r"[(,\[=]\s*$", line[:column])
+            if not (unpacking and token.string == "*"):
+                yield row, column, token.string
+
+
+def cpp_tokens(text: str) -> Iterator[tuple[int, int, str]]:
+    """The same for C++ by a regular expression; what does not compile afterwards is not counted."""
+    for row, line in enumerate(text.splitlines(), start=1):
+        code = line.split("//")[0]
+        if CPP_SKIP.search(code) or '"' in code:
+            continue
+        for match in CPP_TOKEN.finditer(code):
+            yield row, match.start(), match.group()
+
+
+def candidates(name: str) -> list[Mutant]:
+    """Every mutant of a group."""
+    found = []
+    paths = [path for pattern in GROUPS[name].files for path in sorted(ROOT.glob(pattern))]
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        tokens = python_tokens(text) if path.suffix == ".py" else cpp_tokens(text)
+        lines = text.splitlines()
+        for row, column, token in tokens:
+            for after in SWAPS.get(token, ()):
+                file = str(path.relative_to(ROOT))
+                found.append(
+                    Mutant(name, file, row, column, token, after, lines[row - 1].strip()[:90])
+                )
+    return found
+
+
+def copy_repository(folder: Path) -> None:
+    """Tracked files and compiled libraries; the copy is what gets changed."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        source = ROOT / name
+        if source.is_file():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+    for library in (ROOT / "fastgrpo").glob("*.so"):
+        shutil.copy2(library, folder / "fastgrpo")
+
+
+def build(folder: Path) -> bool:
+    """Compile the CPU library of the copy."""
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    environment = {**os.environ, "FASTGRPO_CUDA": "0", "FASTGRPO_REQUIRE_EXT": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode == 0
+
+
+def run_tests(group: Group, folder: Path) -> tuple[str, str]:
+    """Outcome and the first test that failed."""
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=no"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+        **dict(group.environment),
+    }
+    command = [sys.executable, "-m", "pytest", *options, *group.tests]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+        )
+    except subprocess.TimeoutExpired:
+        return "killed", "timeout"
+    if done.returncode == 0:
+        return "survived", ""
+    if done.returncode < 0:
+        return "killed", f"signal {-done.returncode}"
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    by = failed.group(1) if failed else "no test could run"
+    broken = "rror" in done.stdout and done.returncode in (2, 4) and "::" not in by
+    return ("invalid" if broken else "killed"), by
+
+
+def try_mutant(mutant: Mutant, folder: Path) -> None:
+    """Change the copy, build if needed, run the tests, change it back."""
+    group, path = GROUPS[mutant.group], folder / mutant.file
+    original = path.read_text(encoding="utf-8")
+    lines = original.splitlines(keepends=True)
+    line = lines[mutant.line - 1]
+    lines[mutant.line - 1] = (
+        line[: mutant.column] + mutant.after + line[mutant.column + len(mutant.before) :]
+    )
+    start = time.perf_counter()
+    try:
+        path.write_text("".join(lines), encoding="utf-8")
+        if group.build and not build(folder):
+            mutant.outcome = "invalid"
+        else:
+            mutant.outcome, mutant.by = run_tests(group, folder)
+    finally:
+        path.write_text(original, encoding="utf-8")
+    mutant.seconds = round(time.perf_counter() - start, 1)
+
+
+def campaign(name: str, count: int, seed: int, output: Path) -> None:
+    """Draw mutants until `count` of them were valid."""
+    pool = candidates(name)
+    random.Random(seed).shuffle(pool)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        copy_repository(folder)
+        if GROUPS[name].build and not build(folder):
+            raise RuntimeError("the unchanged copy does not build")
+        outcome, by = run_tests(GROUPS[name], folder)
+        if outcome != "survived":
+            raise RuntimeError(f"the tests fail without a mutant: {by}")
+        valid = 0
+        for mutant in pool:
+            if valid == count:
+                break
+            try_mutant(mutant, folder)
+            valid += mutant.outcome != "invalid"
+            with output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(mutant)) + "\n")
+            print(f"{mutant.outcome:9}{mutant.seconds:6.0f} s  {mutant.file}:{mutant.line} "
+                  f"{mutant.before} -> {mutant.after}  {mutant.by}", flush=True)  # fmt: skip
+
+
+def summary(output: Path) -> None:
+    """Share killed per group and the survivors."""
+    mutants = [
+        Mutant(**json.loads(line)) for line in output.read_text(encoding="utf-8").splitlines()
+    ]
+    for name in GROUPS:
+        valid = [m for m in mutants if m.group == name and m.outcome in ("killed", "survived")]
+        killed = [m for m in valid if m.outcome == "killed"]
+        if valid:
+            print(
+                f"{name}: {len(killed)} of {len(valid)} killed ({100 * len(killed) / len(valid):.0f} %)"
+            )
+    for m in mutants:
+        if m.outcome == "survived":
+            print(f"survived: {m.file}:{m.line}:{m.column} {m.before} -> {m.after} in: {m.source}")
+
+
+def main() -> int:
+    """Run a campaign or print the summary of the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--group", choices=GROUPS)
+    parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--summary", action="store_true")
+    options = parser.parse_args()
+    options.output.parent.mkdir(exist_ok=True)
+    if options.group:
+        campaign(options.group, options.count, options.seed, options.output)
+    if options.summary or not options.group:
+        summary(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
