@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import Store
 
 EXIT_CODE = 70
 INTERVAL_S = 1.0
+STORE = "the rendezvous store on the host of rank 0"
 
 
 class Heartbeat:
@@ -28,8 +29,11 @@ class Heartbeat:
         self._dead_after = dead_after
         self._seen = {other: ("", time.monotonic()) for other in self._others}
         self._end = threading.Event()
+        self._answered = time.monotonic()
+        self._say("alive")
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._guard, name="heartbeat-guard", daemon=True).start()
 
     def _say(self, word: str) -> None:
         place = f"pid {os.getpid()} on host {socket.gethostname()}"
@@ -41,12 +45,24 @@ class Heartbeat:
                 self._say("alive")
                 problem = self._look()
             except RuntimeError as error:
-                problem = f"the rendezvous store is gone ({str(error).splitlines()[0]})"
+                problem = f"{STORE} is gone ({str(error).splitlines()[0]})"
+            self._answered = time.monotonic()
             if problem and not self._end.is_set():
-                text = f"\nrank {self._rank}: {problem}. This rank ends too; the last checkpoint is whole.\n"
-                with contextlib.suppress(OSError):
-                    os.write(sys.stderr.fileno(), text.encode())
-                os._exit(EXIT_CODE)
+                self._give_up(problem)
+
+    def _guard(self) -> None:
+        """The store's calls wait for ever if its host is frozen or cut off: the other thread then hangs in one."""
+        while not self._end.wait(INTERVAL_S):
+            if time.monotonic() - self._answered > self._dead_after:
+                self._give_up(f"{STORE} has not answered for {self._dead_after:g} s")
+
+    def _give_up(self, problem: str) -> None:
+        text = (
+            f"\nrank {self._rank}: {problem}. This rank ends too; the last checkpoint is whole.\n"
+        )
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), text.encode())
+        os._exit(EXIT_CODE)
 
     def _look(self) -> str | None:
         """What is wrong with the first rank with which something is."""

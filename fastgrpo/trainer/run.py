@@ -169,7 +169,7 @@ class Job:
         base = self.result.base
         return self.keeper.save(
             {
-                "metrics_bytes": self.recorder.sync(),
+                "metrics_bytes": self.recorder.sync() if self.run.ranks.is_main else 0,
                 "seconds": dict(self.result.seconds),
                 "notes": list(self.result.notes),
                 "base": None if base is None else asdict(base),

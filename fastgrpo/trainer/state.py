@@ -3,9 +3,11 @@
 import copy
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fastgrpo.advantages import GroupAdvantage
 from fastgrpo.trainer.distributed import full
@@ -117,6 +119,13 @@ class State:
             for name, tensor in self.run.sampled.state_dict().items():
                 tensor.copy_(full(weights[name]))
         self.sampler.refresh()
+
+    def settle(self) -> None:
+        """After passes without a backward: FSDP2 would leave what is gathered last on every rank."""
+        modules: list[Any] = [self.reference, self.model]
+        for module in modules:
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @torch.no_grad()
     def renew_reference(self) -> None:

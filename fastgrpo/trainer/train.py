@@ -114,6 +114,7 @@ def sample(state: State, objective: Objective, clock: Clock) -> Scored:
                     batch.ref_logprob = state.reference(batch.tokens)
                 if number:  # by then the policy will not be the one that sampled
                     batch.old_logprob = run.policy(batch.tokens)
+    state.settle()
     if state.reference is not None or len(portions) > 1:
         clock.lap("reference")
     return Scored(

@@ -44,8 +44,7 @@ def test_every_system_call_of_a_save_may_fail(monkeypatch, tmp_path, kind):
             try:
                 Store(place, limit=1).save((2, -1), [(n, c[:8]) for n, c in first])
             except OSError as error:
-                assert error.errno == kind  # noqa: PT017 (some faults are survived)
-                failures += 1
+                failures += error.errno == kind
         newest = Store(place, limit=1).newest(pytest.fail)
         assert newest is not None
         assert newest.position[0] in (0, 2)
@@ -53,7 +52,9 @@ def test_every_system_call_of_a_save_may_fail(monkeypatch, tmp_path, kind):
         if len(disk.calls) < number:
             break
         number += 1
-    assert failures >= 50
+    assert (
+        failures == number - 2 >= 40
+    )  # all calls but the last: pruning an old one is no reason to stop
 
 
 def test_training_goes_on_and_says_so(tmp_path):

@@ -46,6 +46,7 @@ def test_resume_at_every_safe_point_is_exact(portions, iterations, micro, tmp_pa
         save()
         numbers.append(timeless(step.numbers))
         ends.append(everything(state))
+    assert min(step["grad_norm"] for step in numbers) > 0
     paths = [path for path in store.names() if path.name != "step-2"]
     assert len(paths) == config.max_steps * (2 + portions * iterations)
     for path in paths:

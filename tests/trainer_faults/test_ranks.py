@@ -1,0 +1,246 @@
+"""Real processes that talk by gloo: the same training whatever their number, and no life without each other."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastgrpo.trainer import distributed
+from fastgrpo.trainer.checkpoint import tree
+from fastgrpo.trainer.checkpoint.contents import contents, gathered, position, restore
+from fastgrpo.trainer.checkpoint.store import Store
+from fastgrpo.trainer.distributed import Ranks
+from fastgrpo.trainer.opening import open_run
+from fastgrpo.trainer.run import run_job
+from fastgrpo.trainer.state import State
+from fastgrpo.trainer.train import grpo
+from tests.trainer_faults.runs import SMALL, fork, make_run, timeless, wait
+
+FIVE = replace(
+    SMALL,
+    max_steps=5,
+    prompts_per_step=5,  # 2 and 3 questions per rank
+    sampling_streams=2,  # so that one process samples what two do
+    per_device_train_batch_size=5,  # and other numbers of passes
+    learning_rate=1e-3,
+    ref_sync_steps=3,
+)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def fork_ranks(action: Callable[[], int], count: int, log: Path, **names: str) -> list[int]:
+    """What torchrun does: `count` processes that know their number and where to meet."""
+    port = free_port()
+
+    def start(rank: int) -> int:
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", **names})
+        return action()
+
+    return [fork(lambda r=r: start(r), log.with_name(f"{log.name}-{r}")) for r in range(count)]
+
+
+def logs(log: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(log.parent.glob(f"{log.name}-*")))
+
+
+def until(holds: Callable[[], bool], log: Path) -> None:
+    """Waits for something that processes do, at most a minute."""
+    begun = time.monotonic()
+    while not holds():
+        assert time.monotonic() - begun < 60, logs(log)
+        time.sleep(0.05)
+
+
+def five_steps(config, ranks: Ranks, out: Path, resume: Path | None = None) -> None:
+    """Trains; the first rank leaves weights, metrics and, of steps 2 and 2.u3, checkpoints."""
+    run = make_run(config)
+    run.ranks = ranks
+    state = State(run)
+    store = Store(out / "checkpoints", 0, ranks.rank, ranks.world_size)
+    if resume is not None:
+        from fastgrpo.trainer.checkpoint.store import Checkpoint
+
+        restore(state, Checkpoint(resume), print)
+
+    def save() -> None:
+        if resume is None and position(state) in ((2, -1), (2, 3)):
+            store.save(position(state), contents(state, {}, []), ranks.share)
+
+    numbers = []
+    for step in grpo(run, state, save):
+        save()
+        numbers.append(timeless(step.numbers))
+    weights = gathered(run.policy.model)
+    if ranks.is_main:
+        out.mkdir(exist_ok=True)
+        save_file(tree.flatten(weights)[0], out / "weights.safetensors")
+        tensors, text = tree.encode(numbers, "x")
+        (out / "numbers").write_bytes(text)
+        (out / "numbers.t").write_bytes(tensors)
+
+
+def train_ranks(config, count: int, out: Path, resume: Path | None = None) -> None:
+    def action() -> int:
+        ranks = distributed.start(config.parallel, dead_after=30)
+        five_steps(config, ranks, out, resume)
+        ranks.stop()
+        return 0
+
+    codes = [wait(pid) for pid in fork_ranks(action, count, out.with_name(f"{out.name}-log"))]
+    assert codes == [0] * count, logs(out.with_name(f"{out.name}-log"))
+
+
+def difference(a: Path, b: Path) -> float:
+    """Largest difference of a weight."""
+    mine, theirs = (load_file(out / "weights.safetensors") for out in (a, b))
+    theirs |= {n: theirs["model.embed_tokens.weight"] for n in mine if n not in theirs}  # tied
+    return max(float((mine[name] - theirs[name]).abs().max()) for name in mine)
+
+
+def numbers_of(out: Path) -> list[dict]:
+    return tree.decode((out / "numbers.t").read_bytes(), (out / "numbers").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("ranks") / "alone"
+    five_steps(FIVE, Ranks(), out)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_train_as_one_does(alone, tmp_path, kind):
+    """Uneven questions and passes per rank, a reference, mini-batches: weights to 1e-5, every metric too."""
+    train_ranks(replace(FIVE, parallel=kind), 2, out := tmp_path / kind)
+    assert difference(out, alone) <= 1e-5
+    for mine, theirs in zip(numbers_of(out), numbers_of(alone), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    # A checkpoint does not know how many processes wrote it: one goes on from two, two go on from one.
+    five_steps(FIVE, Ranks(), tmp_path / "one", out / "checkpoints" / "step-2")
+    assert difference(tmp_path / "one", alone) <= 1e-5
+    train_ranks(replace(FIVE, parallel=kind), 2, tmp_path / "two", alone / "checkpoints" / "step-2")
+    assert difference(tmp_path / "two", alone) <= 1e-5
+    # In the middle of a step the same number of processes goes on, to the bit.
+    train_ranks(
+        replace(FIVE, parallel=kind), 2, tmp_path / "mid", out / "checkpoints" / "step-2.u3"
+    )
+    assert difference(tmp_path / "mid", out) == 0
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_rank_without_anything_to_train_on_keeps_pace(tmp_path, kind):
+    """beta = 0 leaves out groups without spread: a rank may have no pass where the other has two."""
+    config = replace(FIVE, beta=0.0, ref_sync_steps=0, prompts_per_step=4, steps_per_generation=4)
+    five_steps(config, Ranks(), tmp_path / "alone")
+    train_ranks(replace(config, parallel=kind), 2, tmp_path / kind)
+    assert difference(tmp_path / kind, tmp_path / "alone") <= 1e-5
+
+
+def test_a_middle_of_a_step_needs_the_same_number_of_processes(alone):
+    from fastgrpo.trainer.checkpoint.contents import Unusable
+    from fastgrpo.trainer.checkpoint.store import Checkpoint
+
+    checkpoint = Checkpoint(alone / "checkpoints" / "step-2.u3")
+    checkpoint.world_size = 2
+    checkpoint.part = lambda name, part=checkpoint.part: part(name.replace("rank-1", "rank-0"))
+    with pytest.raises(Unusable, match="in the middle of a step by 2 processes, and there are 1"):
+        restore(State(make_run(FIVE)), checkpoint, print)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_the_other_and_is_named(tmp_path, victim, number):
+    """The whole job in two processes; one is killed (or stops answering) in training."""
+    config = replace(
+        SMALL, max_steps=100_000, output_dir=str(tmp_path / "run"), dead_rank_seconds=3.0
+    )
+
+    def action() -> int:
+        return run_job(config, open_run(config), time.time())
+
+    pids = fork_ranks(action, 2, tmp_path / "log")
+    place = tmp_path / "run" / "checkpoints"
+    until(lambda: place.is_dir() and bool(Store(place, 0).names()), tmp_path / "log")
+    os.kill(pids[victim], number)
+    begun = time.monotonic()
+    code = wait(pids[1 - victim])
+    took = time.monotonic() - begun
+    if number == signal.SIGSTOP:
+        os.kill(pids[victim], signal.SIGKILL)
+    wait(pids[victim])
+    text = (tmp_path / f"log-{1 - victim}").read_text()
+    assert code != 0
+    assert took < 20, f"{took:.0f} s"
+    named = f"rank {victim} (pid {pids[victim]} on host" in text
+    store = (
+        "the rendezvous store on the host of rank 0" in text
+    )  # rank 0 keeps it; under torchrun its agent does
+    assert named or (victim == 0 and store), text
+    assert Store(place, 0).newest(print) is not None
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path):
+    config = replace(SMALL, max_steps=100_000, output_dir=str(tmp_path / "run"), save_steps=0)
+
+    def action() -> int:
+        return run_job(config, open_run(config), time.time())
+
+    pids = fork_ranks(action, 2, tmp_path / "log")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until(lambda: metrics.is_file() and metrics.stat().st_size > 0, tmp_path / "log")
+    os.kill(pids[1], signal.SIGTERM)
+    assert [wait(pid) for pid in pids] == [143, 143], logs(tmp_path / "log")
+    found = Store(tmp_path / "run" / "checkpoints", 0).newest(print)
+    assert found is not None
+    assert found.has("rank-0")
+    assert found.has("rank-1")
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path):
+    """The command of the documentation, with its agent: it names the rank that was killed."""
+    options = [
+        "--output-dir=run",
+        "--max-steps=3",
+        "--eval-questions=4",
+        "--no-report",
+        "--eval-steps=0",
+    ]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "fastgrpo",
+    ]
+    source = str(Path(distributed.__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": source}
+    for kind in ("ddp", "fsdp2"):
+        done = subprocess.run(
+            [sys.executable, *command, "train", "copy", *options, "--parallel", kind, "--overwrite"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+        assert torch.isfinite(
+            torch.cat(
+                [t.flatten() for t in load_file(tmp_path / "run/model/model.safetensors").values()]
+            )
+        ).all()
