@@ -95,7 +95,9 @@ class Products:
         def counted_gradients(head, task):
             rows = task.dlogits.shape[0]
             self.hidden += rows * (task.dhidden is not None)
-            if task.dweight is not None:  # a slab of the weight at a time, where it will be converted
+            if (
+                task.dweight is not None
+            ):  # a slab of the weight at a time, where it will be converted
                 self.weight += rows * task.dlogits.shape[1] / head.weight.shape[0]
             add_gradients(head, task)
 
