@@ -29,7 +29,7 @@ COMMANDS = {
     "sft": Command("fastgrpo.trainer.sft_main", "supervised fine-tuning alone", True),
     "eval": Command("fastgrpo.trainer.eval_main", "accuracy of a saved model: greedy, pass@1, maj@k, pass@k"),
     "bench": Command("fastgrpo.bench.main", "time the ops against the reference and other packages"),
-    "plan": Command("fastgrpo.plan", "estimate memory and the largest micro-batch"),
+    "plan": Command("fastgrpo.planner", "estimate memory and the largest micro-batch"),
     "verify": Command("fastgrpo.verify", "compare the ops with float64 on your model's head"),
     "reward": Command("fastgrpo.trainer.reward_main", "try a reward function on sample data"),
     "doctor": Command("fastgrpo.doctor", "what this machine has, and what serves each op"),

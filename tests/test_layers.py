@@ -46,6 +46,7 @@ LAYERS = {
     "bench": {"bench"},
     "integrations": {"integrations"},
     "doctor": {"doctor"},
+    "planner": {"planner"},
     "verify": {"verify"},
     "cli": {"cli", "__main__"},
 }
@@ -62,6 +63,7 @@ BELOW = {
     "integrations": {"leaf", "ops", "functional", "algorithm"},
     "doctor": {"leaf", "ops", "integrations"},
     "verify": {"leaf", "functional"},
+    "planner": {"leaf", "ops", "functional", "algorithm"},
     "cli": {"leaf", "ops", "functional", "algorithm", "testing", "trainer", "bench", "doctor"},
 }
 # Foreign packages that a layer may import. None: any; these layers exist to meet other libraries.
@@ -78,6 +80,7 @@ FOREIGN: dict[str, set[str] | None] = {
     "integrations": None,
     "doctor": {"torch"},
     "verify": None,
+    "planner": {"torch", "trl"},
     "cli": {"torch", "rich", "tyro"},
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}

@@ -122,7 +122,7 @@ class Head:
     def blocks(self) -> list[tuple[int, int]]:
         """Ranges of the vocabulary whose float32 copy is of moderate size."""
         vocabulary, hidden = self.weight.shape
-        size = max(BLOCK_BYTES // (4 * max(hidden, 1)), 1)
+        size = min(max(BLOCK_BYTES // (4 * hidden), 1), vocabulary)
         return [(a, min(a + size, vocabulary)) for a in range(0, vocabulary, size)]
 
 
@@ -154,8 +154,10 @@ class DirectHead(Head):
         elif total.is_cuda and total.dtype == torch.float32:
             mm_float32(by_token, rows, total, accumulate=not task.first)
         else:
-            for a, b in self.blocks():
-                product = torch.mm(by_token[a:b], rows)
+            blocks = self.blocks()
+            buffer = rows.new_empty(blocks[0][1], rows.shape[1])
+            for a, b in blocks:
+                product = torch.mm(by_token[a:b], rows, out=buffer[: b - a])
                 total[a:b].copy_(product) if task.first else total[a:b].add_(product)
 
 

@@ -98,7 +98,8 @@ class HeadGradients:
         elif needs.weight:
             dtype = like.weight.dtype
             direct = products == 1 and not keep_wide and head.writes(dtype)
-            self._weight = WeightSum.like(like.weight, dtype if direct else self._wide)
+            final = self._wide if keep_wide else dtype
+            self._weight = WeightSum.like(like.weight, dtype if direct else self._wide, final)
         if needs.bias:
             self._bias = like.weight.new_zeros(head.weight.shape[0], dtype=self._wide)
 

@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-SLABS = 8
+MAX_SLABS = 8
+SLAB_BYTES = 64 << 20  # at least, so that the C library returns a freed one to the system
+
+
+def slab_count(total_bytes: int) -> int:
+    """Slabs that a sum of this size comes in."""
+    return min(max(total_bytes // SLAB_BYTES, 1), MAX_SLABS)
 
 
 class WeightSum:
@@ -14,14 +20,15 @@ class WeightSum:
         self.slabs, self.first = slabs, first
 
     @classmethod
-    def like(cls, weight: Tensor, dtype: torch.dtype) -> "WeightSum":
+    def like(cls, weight: Tensor, dtype: torch.dtype, final: torch.dtype) -> "WeightSum":
         """Memory for a sum in `dtype`.
 
-        Where it will be converted to the weight's dtype on a CPU, it comes in slabs that can be freed while the result
+        Where it will be converted to the final dtype on a CPU, it comes in slabs that can be freed while the result
         grows: the peak is the sum alone, not the sum and the result.
         """
         rows = weight.shape[0]
-        count = SLABS if dtype != weight.dtype and weight.device.type == "cpu" else 1
+        converted = dtype != final and weight.device.type == "cpu"
+        count = slab_count(weight.numel() * dtype.itemsize) if converted else 1
         size = -(-rows // count)
         sizes = [min(size, rows - start) for start in range(0, rows, size)]
         return cls([weight.new_empty((n, weight.shape[1]), dtype=dtype) for n in sizes], first=True)
