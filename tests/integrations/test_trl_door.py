@@ -96,7 +96,7 @@ def run_head(function, hidden, weight, bias, ids, scaling, outputs, upstream) ->
     ids=["float32", "autocast", "bfloat16"],
 )
 def test_head_function_equals_trl(dtype, autocast, scaling, outputs):
-    """Values, gradients and their dtypes. TRL rounds half-precision logits, ours may keep them: half an ulp of |x| = 16."""
+    """Values, gradients and dtypes. TRL rounds half-precision logits, ours may not: half an ulp of |x| = 16."""
     hidden, weight, bias, ids = head(dtype=dtype, bias=dtype == torch.float32)
     upstream = torch.randn(2, 13)
     results = []
