@@ -20,6 +20,9 @@ class TokenBatch:
     predict: Tensor  # [N] int64: flat positions in [B * T] whose hidden state predicts a completion token
     token_ids: Tensor  # [N] int64: the tokens they predict
     cu_seqlens: Tensor  # [B + 1] int32: completion b is tokens cu_seqlens[b] : cu_seqlens[b + 1]
+    position_ids: Tensor | None = (
+        None  # [rows, T]; given where a row holds several sequences (packing.py)
+    )
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The same batch on a device."""
@@ -28,6 +31,7 @@ class TokenBatch:
             self.predict.to(device),
             self.token_ids.to(device),
             self.cu_seqlens.to(device),
+            None if self.position_ids is None else self.position_ids.to(device),
         )
 
 

@@ -27,7 +27,9 @@ class Policy(nn.Module):
 
     def hidden(self, batch: TokenBatch) -> Tensor:  # [N, H]
         """Last hidden states at the positions that predict a completion token."""
-        states = self.model.get_decoder()(input_ids=batch.input_ids, use_cache=False)[0]
+        states = self.model.get_decoder()(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        )[0]
         rows: Tensor = states.flatten(0, 1)[batch.predict]
         return rows
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastgrpo.trainer.algorithm import learning_rate_factor
 from fastgrpo.trainer.batch import TokenBatch, make_batch
@@ -17,6 +17,8 @@ from fastgrpo.trainer.text import encode_completions, prompt_ids
 WARMUP_STEPS = 50
 FINAL_FACTOR = 0.02
 BETAS = (0.9, 0.98)
+MUON_FACTOR = 5.0
+"""Muon's learning rate over AdamW's: its updates have a fixed size, whatever the gradient's."""
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 BATCHES_PER_DRAW = 8
@@ -29,26 +31,44 @@ def text_length(problem: Problem) -> int:
 
 
 def sft(
-    model: nn.Module, task: Task, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+    model: PreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> Iterator[float]:
     """Trains `model` in place; yields the loss (mean over completion tokens) of every step."""
     policy = Policy(model).train()
-    peak = config.sft_learning_rate
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak, betas=BETAS, weight_decay=WEIGHT_DECAY
-    )
+    optimizers = make_optimizers(model, config.sft_learning_rate)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     device = next(model.parameters()).device
     for step, batch in enumerate(demonstrations(task, tokenizer, config)):
         factor = learning_rate_factor("linear", step, config.sft_steps, WARMUP_STEPS)
-        for group in optimizer.param_groups:
-            group["lr"] = peak * (FINAL_FACTOR + (1 - FINAL_FACTOR) * factor)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * (FINAL_FACTOR + (1 - FINAL_FACTOR) * factor)
         loss = -policy(batch.to(device)).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         yield loss.item()
     policy.eval()
+
+
+def make_optimizers(model: PreTrainedModel, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the model, AdamW for embedding, head and norms.
+
+    With AdamW for all, whether a model this small learns to chain the steps within 1,500 steps is a matter of the seed
+    (final pass@1 .83 to .98); with Muon every seed that was tried did within 700.
+    """
+    ends = {
+        id(p)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings())
+        for p in part.parameters()
+    }
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in ends]
+    others = [p for p in model.parameters() if p.ndim != 2 or id(p) in ends]
+    return [
+        torch.optim.Muon(matrices, lr=MUON_FACTOR * learning_rate, weight_decay=WEIGHT_DECAY),
+        torch.optim.AdamW(others, lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY),
+    ]
 
 
 def demonstrations(
