@@ -53,4 +53,4 @@ def check_resume(run: Run, note: Callable[[str], None]) -> int:
 
 def everything(state: State) -> dict[str, bytes]:
     """All that a checkpoint would hold, by file."""
-    return dict(contents(state, {}, []))
+    return {name: b"".join(content) for name, content in contents(state, {}, [])}

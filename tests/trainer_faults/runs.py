@@ -65,7 +65,7 @@ def timeless(record: dict) -> dict:
 
 
 def everything(state: State) -> dict[str, bytes]:
-    return dict(contents(state, {}, []))
+    return {name: b"".join(content) for name, content in contents(state, {}, [])}
 
 
 def fork(action: Callable[[], int], log: Path | None = None) -> int:

@@ -198,7 +198,7 @@ def test_pruning_keeps_the_newest_and_what_is_damaged(tmp_path):
     store = Store(tmp_path, limit=2)
     for step in range(6):
         state.step = step
-        store.save(position(state), [("trainer.json", b"%d" % step)])
+        store.save(position(state), [("trainer.json", [b"%d" % step])])
         if step == 2:
             (tmp_path / "step-2" / "trainer.json").write_bytes(b"x")
             (tmp_path / "step-2" / manifest.NAME).write_bytes(b"x")
@@ -208,10 +208,10 @@ def test_pruning_keeps_the_newest_and_what_is_damaged(tmp_path):
 def test_going_on_from_an_older_one_puts_newer_ones_aside(tmp_path):
     store = Store(tmp_path, limit=0)
     for step in range(3):
-        store.save((step, -1), [("trainer.json", b"first")])
+        store.save((step, -1), [("trainer.json", [b"first"])])
     store.set_aside((1, -1))
     assert [path.name for path in store.names()] == ["step-1", "step-0"]
-    store.save((1, -1), [("trainer.json", b"second")])
+    store.save((1, -1), [("trainer.json", [b"second"])])
     assert Checkpoint(tmp_path / "step-1").manifest["files"]["trainer.json"]["bytes"] == 6
     kept = sorted("-".join(path.name.split("-")[:3]) for path in tmp_path.iterdir())
     assert kept == ["replaced-step-1", "replaced-step-2", "step-0", "step-1"]
@@ -220,7 +220,7 @@ def test_going_on_from_an_older_one_puts_newer_ones_aside(tmp_path):
 def test_folders_and_files_are_private_whatever_the_umask(tmp_path):
     before = os.umask(0)
     try:
-        path = Store(tmp_path / "checkpoints", 0).save((0, -1), [("trainer.json", b"x")])
+        path = Store(tmp_path / "checkpoints", 0).save((0, -1), [("trainer.json", [b"x"])])
     finally:
         os.umask(before)
     for folder in (path, path.parent):

@@ -27,7 +27,7 @@ from tests.trainer_faults.test_kill import Counting, install
 )
 def test_every_system_call_of_a_save_may_fail(monkeypatch, tmp_path, kind):
     state = State(make_run(SMALL))
-    first = list(contents(state, {}, []))
+    first = [(name, [b"".join(content)]) for name, content in contents(state, {}, [])]
     Store(tmp_path / "good", limit=1).save(position(state), first)
     number, failures = 0, 0
     while True:
@@ -42,7 +42,7 @@ def test_every_system_call_of_a_save_may_fail(monkeypatch, tmp_path, kind):
         with monkeypatch.context() as patch:
             install(patch, disk)
             try:
-                Store(place, limit=1).save((2, -1), [(n, c[:8]) for n, c in first])
+                Store(place, limit=1).save((2, -1), [(n, [c[0][:8]]) for n, c in first])
             except OSError as error:
                 failures += error.errno == kind
         newest = Store(place, limit=1).newest(pytest.fail)

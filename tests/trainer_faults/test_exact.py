@@ -117,6 +117,11 @@ def test_changed_options_are_said(tmp_path):
     assert said == ["note: learning_rate was 0.01 when the checkpoint was saved, now 0.001"]
 
 
+def whole(value) -> tuple[bytes, bytes]:
+    pieces, text = encode(value, "part")
+    return b"".join(pieces), text
+
+
 STATES = [
     {"a": [1, 2.5, None, True, "x"], "b": (1, (2,)), 3: {"$": "tensor"}},
     {"nan": float("nan"), "inf": -float("inf"), "tiny": 5e-324, "bytes": b"\x00\xff"},
@@ -128,15 +133,15 @@ STATES = [
 
 @pytest.mark.parametrize("value", STATES, ids=range(len(STATES)))
 def test_states_survive_the_round_trip_to_the_bit(value):
-    assert same(value, decode(*encode(value, "part"))) is None
+    assert same(value, decode(*whole(value))) is None
 
 
 def test_tensors_that_share_memory_do_so_once():
     base = torch.arange(12.0)
     value = {"a": base, "b": base, "row": base[3:6], "strided": base[::2]}
-    tensors, text = encode(value, "x")
+    tensors, text = whole(value)
     assert same(value, decode(tensors, text)) is None
-    assert len(tensors) < 500
+    assert len(tensors) < 600
 
 
 def test_other_objects_are_refused_by_place():

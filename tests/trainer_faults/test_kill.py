@@ -110,11 +110,11 @@ def saves(tmp_path_factory):
     state = State(make_run(replace(SMALL, max_steps=2)))
     store, extra, second = Store(folder, limit=1), model_files(state.run), []
     for _ in grpo(state.run, state):
-        second = list(contents(state, {}, extra))
+        second = [(name, [b"".join(c)]) for name, c in contents(state, {}, extra)]
         if state.step == 1:
             store.save(position(state), second)
     small = [
-        (name, content[:64]) for name, content in second
+        (name, [content[0][:64]]) for name, content in second
     ]  # writes are halved down to single bytes
     return folder, small
 

@@ -92,7 +92,7 @@ def five_steps(config, ranks: Ranks, out: Path, resume: Path | None = None) -> N
         save_file(tree.flatten(weights)[0], out / "weights.safetensors")
         tensors, text = tree.encode(numbers, "x")
         (out / "numbers").write_bytes(text)
-        (out / "numbers.t").write_bytes(tensors)
+        (out / "numbers.t").write_bytes(b"".join(tensors))
 
 
 def train_ranks(config, count: int, out: Path, resume: Path | None = None) -> None:

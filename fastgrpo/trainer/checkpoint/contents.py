@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from fastgrpo.trainer.batch import TokenBatch
 from fastgrpo.trainer.checkpoint import rng, tree
-from fastgrpo.trainer.checkpoint.store import BETWEEN_STEPS, Checkpoint, Position
+from fastgrpo.trainer.checkpoint.store import BETWEEN_STEPS, Checkpoint, File, Position
 from fastgrpo.trainer.config import TrainConfig
 from fastgrpo.trainer.distributed import full, like
 from fastgrpo.trainer.microbatch import MicroBatch, Portion
@@ -56,18 +56,18 @@ def model_files(run: Run) -> list[tuple[str, bytes]]:
 
 def contents(
     state: State, progress: dict[str, Any], extra: list[tuple[str, bytes]]
-) -> Iterator[tuple[str, bytes]]:
+) -> Iterator[File]:
     """The files of this rank, one after the other; rank 0 has those that all ranks share."""
     main = state.run.ranks.is_main
     weights = gathered(state.run.policy.model)
     if main:
-        yield from extra
-        yield "model.safetensors", save(tree.flatten(weights)[0], metadata={"format": "pt"})
+        yield from ((name, [content]) for name, content in extra)
+        yield "model.safetensors", tree.pieces(tree.flatten(weights)[0])
     del weights
     if state.reference is not None:
         weights = gathered(state.reference)
         if main:
-            yield "reference.safetensors", save(tree.flatten(weights)[0])
+            yield "reference.safetensors", tree.pieces(tree.flatten(weights)[0])
         del weights
     optimizer = whole(state.optimizer.state_dict())
     if main:
@@ -78,10 +78,10 @@ def contents(
         yield from _part("trainer", trainer_state(state) | {"progress": progress})
 
 
-def _part(name: str, value: Any) -> Iterator[tuple[str, bytes]]:
+def _part(name: str, value: Any) -> Iterator[File]:
     tensors, text = tree.encode(value, name)
     yield f"{name}.safetensors", tensors
-    yield f"{name}.json", text
+    yield f"{name}.json", [text]
 
 
 def gathered(module: nn.Module) -> dict[str, Tensor]:

@@ -3,11 +3,17 @@
 Files are made 0600 and folders 0700 whatever the umask: a checkpoint holds prompts and completions of the user.
 """
 
+import hashlib
 import os
 import stat
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
+Buffer = bytes | memoryview
 CHUNK = 16 << 20
+LARGE = 1 << 20
 
 
 class Disk:
@@ -38,17 +44,50 @@ class Disk:
 disk = Disk()
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Creates a file and waits until the disk has it."""
+def write_file(path: Path, content: Iterable[Buffer]) -> tuple[int, str]:
+    """Creates a file of these pieces and waits until the disk has it; returns its size and SHA-256."""
+    digest, size = hashlib.sha256(), 0
     descriptor = disk.open(path)
     try:
         os.fchmod(descriptor, 0o600)
-        left = memoryview(content)
-        while left:
-            left = left[disk.write(descriptor, left[:CHUNK]) :]
+        with Hasher(digest) as hasher:
+            for piece in content:
+                left = memoryview(piece)
+                hasher.update(left)
+                size += len(left)
+                while left:
+                    left = left[disk.write(descriptor, left[:CHUNK]) :]
         disk.fsync(descriptor)
     finally:
         os.close(descriptor)
+    return size, digest.hexdigest()
+
+
+class Hasher:
+    """Hashes large pieces in a thread, so that the disk need not wait for it (hashlib lets other threads run)."""
+
+    def __init__(self, digest: Any) -> None:
+        self._digest = digest
+        self._thread: ThreadPoolExecutor | None = None
+        self._last: Future[None] | None = None
+
+    def update(self, piece: memoryview) -> None:
+        """Adds a piece; at most one is behind."""
+        if self._last is not None:
+            self._last.result()
+        if len(piece) < LARGE:
+            self._digest.update(piece)
+            return
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1)
+        self._last = self._thread.submit(self._digest.update, piece)
+
+    def __enter__(self) -> "Hasher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
 
 
 def sync_folder(path: Path) -> None:
@@ -66,13 +105,33 @@ def make_private(path: Path) -> None:
     path.chmod(0o700)
 
 
-def read_file(path: Path, limit: int) -> bytes:
-    """The bytes of a plain file of at most `limit` bytes; never those a link or a device points to."""
+def open_plain(path: Path, limit: int) -> BinaryIO:
+    """A plain file of at most `limit` bytes, open for reading; never what a link or a device points to."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path.name} is not a plain file")
-        if status.st_size > limit:
-            raise OSError(f"{path.name} has {status.st_size} bytes, more than {limit}")
+    file = os.fdopen(descriptor, "rb", buffering=0)
+    status = os.fstat(descriptor)
+    problem = None
+    if not stat.S_ISREG(status.st_mode):
+        problem = f"{path.name} is not a plain file"
+    elif status.st_size > limit:
+        problem = f"{path.name} has {status.st_size} bytes, more than {limit}"
+    if problem is not None:
+        file.close()
+        raise OSError(problem)
+    return cast(BinaryIO, file)
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The bytes of a plain file of at most `limit` bytes."""
+    with open_plain(path, limit) as file:
         return file.read()
+
+
+def hash_file(path: Path, limit: int) -> tuple[int, str]:
+    """Size and SHA-256 of a plain file, without holding it in memory."""
+    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(LARGE))
+    with open_plain(path, limit) as file:
+        while count := cast(Any, file).readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return size, digest.hexdigest()

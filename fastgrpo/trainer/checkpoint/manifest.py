@@ -4,12 +4,13 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.trainer.checkpoint.files import read_file
+from fastgrpo.trainer.checkpoint.files import hash_file, read_file
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -95,17 +96,40 @@ def read_verified(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes
     Raises:
         Invalid: The file is missing, has another size or other bits.
     """
-    expected = manifest["files"].get(name)
+    expected = _expected(manifest, name)
+    with _named(name):
+        content = read_file(folder / name, expected["bytes"])
+    _compare(name, expected, len(content), digest(content))
+    return content
+
+
+def verify(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
+    """`read_verified` without keeping the content."""
+    expected = _expected(manifest, name)
+    with _named(name):
+        size, sha = hash_file(folder / name, expected["bytes"])
+    _compare(name, expected, size, sha)
+
+
+def _expected(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
+    expected: dict[str, Any] | None = manifest["files"].get(name)
     if expected is None:
         raise Invalid(f"{name} is not part of it")
+    return expected
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
     try:
-        content = read_file(folder / name, expected["bytes"])
+        yield
     except FileNotFoundError:
         raise Invalid(f"{name} is missing") from None
     except OSError as error:
         raise Invalid(f"{name} cannot be read: {error}") from None
-    if len(content) != expected["bytes"]:
-        raise Invalid(f"{name} has {len(content)} bytes instead of {expected['bytes']}")
-    if digest(content) != expected["sha256"]:
+
+
+def _compare(name: str, expected: Mapping[str, Any], size: int, sha: str) -> None:
+    if size != expected["bytes"]:
+        raise Invalid(f"{name} has {size} bytes instead of {expected['bytes']}")
+    if sha != expected["sha256"]:
         raise Invalid(f"{name} is damaged: its SHA-256 is not the one that was saved")
-    return content

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.trainer.checkpoint import manifest, tree
-from fastgrpo.trainer.checkpoint.files import disk, make_private, sync_folder, write_file
+from fastgrpo.trainer.checkpoint.files import Buffer, disk, make_private, sync_folder, write_file
 
 Position = tuple[int, int]
 """(GRPO steps done, updates done of the step that has begun; -1 between steps)."""
 Entries = dict[str, tuple[int, str]]
+File = tuple[str, Iterable[Buffer]]
+"""A name and its content in pieces."""
 NAME = re.compile(r"step-(\d{1,12})(?:\.u(\d{1,6}))?\Z")
 LEFTOVERS = re.compile(r"\.(tmp|trash)-step-")
 BETWEEN_STEPS = -1
@@ -53,7 +55,7 @@ class Checkpoint:
     def verify(self) -> None:
         """Reads every file; raises `Invalid` naming the first that is not as saved."""
         for name in self.manifest["files"]:
-            manifest.read_verified(self.path, self.manifest, name)
+            manifest.verify(self.path, self.manifest, name)
 
     def has(self, part: str) -> bool:
         """Whether there is such a part."""
@@ -81,7 +83,7 @@ class Store:
     def save(
         self,
         position: Position,
-        files: Iterable[tuple[str, bytes]],
+        files: Iterable[File],
         share: Callable[[Mapping[str, Any]], list[dict[str, Any]]] = lambda mine: [dict(mine)],
     ) -> Path:
         """Writes this rank's files; rank 0 finishes the checkpoint. `share` hands what each rank says to all ranks.
@@ -135,16 +137,15 @@ class Store:
         shutil.rmtree(draft, ignore_errors=True)
         disk.mkdir(draft)
 
-    def _write(self, draft: Path, files: Iterable[tuple[str, bytes]], entries: Entries) -> None:
+    def _write(self, draft: Path, files: Iterable[File], entries: Entries) -> None:
         for name, content in files:
             if not manifest.SAFE_NAME.match(name):
                 raise ValueError(f"file name must match {manifest.SAFE_NAME.pattern}, got {name!r}")
-            write_file(draft / name, content)
-            entries[name] = (len(content), manifest.digest(content))
+            entries[name] = write_file(draft / name, content)
 
     def _finish(self, draft: Path, target: Path, position: Position, entries: Entries) -> None:
         sync_folder(draft)
-        write_file(draft / manifest.NAME, manifest.make(position, entries, self.world_size))
+        write_file(draft / manifest.NAME, [manifest.make(position, entries, self.world_size)])
         sync_folder(draft)
         if target.exists():  # this step was saved before, and then left behind or damaged
             disk.rename(target, self._aside(target))

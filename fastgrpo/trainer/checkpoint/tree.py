@@ -6,14 +6,21 @@ are not text are marked the same way. Everything else is JSON already. A tensor 
 
 import json
 import math
+import struct
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 MARK = "$"
+DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+    torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+}  # fmt: skip
+"""Names of the safetensors format."""
 
 
 class StateError(ValueError):
@@ -90,13 +97,35 @@ def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise StateError(f"stored state has an unknown mark {value[MARK]!r}")
 
 
-def encode(value: Any, root: str) -> tuple[bytes, bytes]:
-    """(safetensors, JSON) of a nested state; `root` precedes the names of its tensors."""
+def pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file of tensors that `flatten` has made, piece by piece: the weights are not copied for it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in tensors.items():
+        kind = DTYPES.get(tensor.dtype)
+        if kind is None:
+            raise StateError(f"{name} cannot be stored: {tensor.dtype}")
+        header[name] = {
+            "dtype": kind,
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-len(text) % 8 + len(text))
+    yield struct.pack("<Q", len(text)) + text
+    for tensor in tensors.values():
+        if tensor.nbytes:
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def encode(value: Any, root: str) -> tuple[list[bytes | memoryview], bytes]:
+    """(safetensors in pieces, JSON) of a nested state; `root` precedes the names of its tensors."""
     tensors: dict[str, Tensor] = {}
     form = pack(value, tensors, root)
     kept, aliases = flatten(tensors)
     text = json.dumps({"state": form, "aliases": aliases}, allow_nan=False, separators=(",", ":"))
-    return save(kept), text.encode()
+    return list(pieces(kept)), text.encode()
 
 
 def decode(tensors: bytes, text: bytes) -> Any:
