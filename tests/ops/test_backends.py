@@ -58,3 +58,15 @@ def test_triton(file):
     """The catalogue on the source of the GPU kernels; rows of 150,000 columns take the interpreter too long."""
     few = ["-k", "not large_vocabulary and not N29"]
     run_tests(file, *few, timeout=3500, FASTGRPO_BACKEND="triton", TRITON_INTERPRET="1")
+
+
+def test_python_without_asserts_gives_the_same_bits_and_the_same_refusals():
+    """`python -O` drops `assert`: nothing that a caller relies on may be one."""
+    digests = [
+        subprocess.run(
+            [sys.executable, *flags, "-m", "tests.tools.digest"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+        for flags in ([], ["-O"])
+    ]  # fmt: skip
+    assert len(digests[0].strip()) == 64
+    assert digests[0] == digests[1]
