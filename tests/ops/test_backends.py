@@ -62,11 +62,10 @@ def test_triton(file):
 
 def test_python_without_asserts_gives_the_same_bits_and_the_same_refusals():
     """`python -O` drops `assert`: nothing that a caller relies on may be one."""
-    digests = [
-        subprocess.run(
-            [sys.executable, *flags, "-m", "tests.tools.digest"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-        ).stdout
-        for flags in ([], ["-O"])
-    ]  # fmt: skip
-    assert len(digests[0].strip()) == 64
-    assert digests[0] == digests[1]
+    commands = [[sys.executable, *flags, "-m", "tests.tools.digest"] for flags in ([], ["-O"])]
+    runs = [
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+        for command in commands
+    ]
+    assert len(runs[0].stdout.strip()) == 64
+    assert runs[0].stdout == runs[1].stdout

@@ -21,7 +21,7 @@ def main() -> None:
                 ref_logprob=data.ref_logprob, rollout_logprob=data.old_logprob, group_size=1, objective=objective,
             )  # fmt: skip
             for value in out.tensors().values():
-                digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(value.contiguous().numpy().tobytes())
     for bad in (*BAD_HEADS, *BAD_MASKS):
         try:
             grpo_loss(**{**valid_arguments(grpo_loss), bad.name: bad.value})
