@@ -4,6 +4,7 @@
 #   make test       lint, static GPU checks, all tests    make test-full  the slow tests as well
 #   make bench      every provider on this machine (BENCH="--quick" for a minute); results in runs/bench
 #   make gpu-check  proof on a machine with an NVIDIA GPU, in 9 minutes (GPU_CHECK=--dry-run rehearses on a CPU)
+#   make faults     200 kills, disk faults, damage, dead ranks    make soak   an hour of training under observation (SOAK_S)
 #   make callgrind  instruction counts of the CPU kernels against the committed baseline
 #
 # TORCH_INDEX=<url>  takes torch from another index, for instance one with its smaller CPU build
@@ -11,6 +12,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+SOAK_S ?= 3600
 
 BIN := .venv/bin
 STAMP := .venv/fastgrpo.stamp
@@ -23,7 +25,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := env
-.PHONY: env build train test test-full lint static pytest pytest-interpreter bench gpu-check callgrind clean
+.PHONY: env build train test test-full lint static pytest pytest-interpreter bench gpu-check callgrind faults soak clean
 
 env: $(STAMP)
 
@@ -77,6 +79,13 @@ gpu-check:
 # Exit code 77: nothing to count with, said loudly.
 callgrind: build
 	$(BIN)/python -m benchmarks.callgrind_gate || [ $$? -eq 77 ]
+
+# One process: the kills are timed, and the tests fork.
+faults: build
+	$(BIN)/python -m pytest -m "slow or not slow" --durations=20 tests/trainer_faults
+
+soak: build
+	$(BIN)/python -m tests.trainer_faults.soak --seconds $(SOAK_S)
 
 clean:
 	rm -rf build dist *.egg-info fastgrpo/*.so .mypy_cache .pytest_cache .ruff_cache

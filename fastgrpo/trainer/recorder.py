@@ -7,24 +7,23 @@ from types import TracebackType
 
 from fastgrpo.trainer.rundir import finite
 
+Record = dict[str, float | str]
+
 
 class Recorder:
-    """Appends records to the file and keeps them for the report."""
+    """Appends records to the file. They are not kept in memory: a run may last for months."""
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
-        self.records: list[dict[str, float | str]] = []
+        self._path = path
         self._file = path.open("a+" if resume else "w", encoding="utf-8")
+        self._evaluated: set[float | str] = set()
 
     def rewind(self, size: int) -> None:
         """Keeps the whole lines of the first `size` bytes: what an interrupted run had written when it was saved."""
-        self._file.seek(0)
-        kept = bytes(self._file.buffer.read(size))
-        kept = kept[: kept.rfind(b"\n") + 1]
-        self._file.truncate(len(kept))
-        self._file.seek(0, os.SEEK_END)
-        lines = [json.loads(line) for line in kept.splitlines()]
-        nan = float("nan")
-        self.records = [{k: nan if v is None else v for k, v in line.items()} for line in lines]
+        self._file.flush()
+        kept = self._path.read_bytes()[:size]
+        self._file.truncate(kept.rfind(b"\n") + 1)
+        self._evaluated = {r["step"] for r in self.records if r["phase"] == "eval"}
 
     def sync(self) -> int:
         """Waits until the disk has every record; returns the size of the file."""
@@ -34,14 +33,22 @@ class Recorder:
 
     def write(self, phase: str, step: int, numbers: dict[str, float]) -> None:
         """One record; `phase` is sft, grpo or eval."""
-        record: dict[str, float | str] = {"phase": phase, "step": step, **numbers}
-        self.records.append(record)
+        record: Record = {"phase": phase, "step": step, **numbers}
+        if phase == "eval":
+            self._evaluated.add(step)
         self._file.write(json.dumps(finite(record)) + "\n")
         self._file.flush()
 
-    def of(self, phase: str) -> list[dict[str, float | str]]:
-        """The records of one phase."""
-        return [record for record in self.records if record["phase"] == phase]
+    def is_evaluated(self, step: int) -> bool:
+        """Whether there is an evaluation after this step."""
+        return step in self._evaluated
+
+    @property
+    def records(self) -> list[Record]:
+        """Every record so far, read back."""
+        nan = float("nan")
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        return [{k: nan if v is None else v for k, v in json.loads(line).items()} for line in lines]
 
     def __enter__(self) -> "Recorder":
         return self

@@ -287,7 +287,7 @@ class Job:
     def curve_point(self, step: int) -> None:
         """A small evaluation on validation questions, unless it is not due or was made before an interruption."""
         every = self.run.config.eval_steps
-        made = any(record["step"] == step for record in self.recorder.of("eval"))
+        made = self.recorder.is_evaluated(step)
         if every and step % every == 0 and not made and self.run.ranks.is_main:
             problems = self.run.held_out("validation", CURVE_QUESTIONS)
             evaluation = self._evaluate(problems, CURVE_SAMPLES)

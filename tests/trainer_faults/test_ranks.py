@@ -1,6 +1,7 @@
 """Real processes that talk by gloo: the same training whatever their number, and no life without each other."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from fastgrpo.trainer.opening import open_run
 from fastgrpo.trainer.run import run_job
 from fastgrpo.trainer.state import State
 from fastgrpo.trainer.train import grpo
-from tests.trainer_faults.runs import SMALL, fork, make_run, timeless, wait
+from tests.trainer_faults.runs import SMALL, end_of, fork, make_run, timeless, wait
 
 FIVE = replace(
     SMALL,
@@ -210,6 +211,37 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path):
     assert found is not None
     assert found.has("rank-0")
     assert found.has("rank-1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_deaths_at_random_moments_and_every_end_is_the_same(tmp_path):
+    rng = random.Random(0)
+    job = replace(SMALL, max_steps=8, dead_rank_seconds=5.0, resume="auto")
+
+    def start(out: Path) -> list[int]:
+        config = replace(job, output_dir=str(out))
+        return fork_ranks(
+            lambda: run_job(config, open_run(config), time.time()), 2, tmp_path / "log"
+        )
+
+    begun = time.monotonic()
+    assert [wait(pid) for pid in start(tmp_path / "alone")] == [0, 0], logs(tmp_path / "log")
+    duration = time.monotonic() - begun
+    expected = end_of(tmp_path / "alone", 8)
+    deaths = 0
+    while deaths < 10:
+        pids = start(tmp_path / "run")
+        time.sleep(rng.uniform(0, duration))
+        victim = rng.randrange(2)
+        os.kill(pids[victim], signal.SIGKILL)
+        killed, at = time.monotonic(), wait(pids[victim])
+        other = wait(pids[1 - victim])
+        assert time.monotonic() - killed < 60
+        deaths += at == -signal.SIGKILL
+        assert other != 0 or at == 0 or (tmp_path / "run" / "summary.json").exists()
+    assert [wait(pid) for pid in start(tmp_path / "run")] == [0, 0], logs(tmp_path / "log")
+    assert end_of(tmp_path / "run", 8) == expected
 
 
 @pytest.mark.slow
