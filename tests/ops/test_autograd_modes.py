@@ -186,6 +186,23 @@ def test_N40_scaled_upstream(name, factor):
         assert bool((logits.grad == 0).all())
 
 
+@pytest.mark.parametrize("factor", [0.0, 3.0])
+def test_N40_scaled_upstream_of_the_entropy_bonus(factor):
+    """loss = policy - coefficient * mean over sequences of token means of the entropy."""
+    entropy = torch.rand(B, T, requires_grad=True)
+    mask = MASK.clone()
+    mask[1, 2] = False
+    objective = Objective(entropy_coef=0.25)
+    out = policy_loss(DATA.old_logprob, ADVANTAGE, mask, entropy=entropy, objective=objective)
+    (factor * out.loss).backward()
+    expected = -0.25 * factor / B * mask / mask.sum(1, keepdim=True)
+    assert_matches_reference(entropy.grad, expected.double(), atol=1e-8)
+    both = policy_loss(
+        DATA.old_logprob, ADVANTAGE, mask, entropy=entropy.detach(), objective=objective
+    )
+    assert float(out.loss.detach()) == float(both.loss)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("factor", [NAN, INF])
 def test_N40_bad_upstream_is_visible(name, factor):

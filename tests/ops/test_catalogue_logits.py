@@ -257,6 +257,36 @@ def check_vocabulary(vocabulary, dtype, rows):
         assert bool((actual.dlogits == 0).all())
 
 
+# Every way to scale, through both public functions, against torch's own log_softmax.
+@pytest.mark.parametrize("temperature", [1.0, 0.6, "tensor", "per token"])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, None), (1.0, 4.0), (2.5, 4.0)])
+def test_scaling_options_match_the_formula(temperature, scale, softcap):
+    data = make_inputs(3, 4, 53, seed=9)
+    if temperature == "tensor":
+        temperature = torch.tensor(1.7)
+    elif temperature == "per token":
+        temperature = torch.linspace(0.4, 2.0, 12).view(3, 4)
+    options = {"temperature": temperature, "logit_scale": scale, "logit_softcap": softcap}
+    plain = data.logits.double().requires_grad_()
+    divisor = (
+        temperature.double().expand(3, 4) if isinstance(temperature, torch.Tensor) else temperature
+    )
+    want = plain_logprob(plain, data.token_ids, divisor, scale, softcap)
+    leaf = data.logits.clone().requires_grad_()
+    out = token_logprob(leaf, data.token_ids, with_entropy=True, **options)
+    coldest = float(temperature.min()) if isinstance(temperature, torch.Tensor) else temperature
+    tol = Tolerance.of(data.logits, coldest, scale, softcap)
+    assert_matches_reference(out.logprob, want[0], atol=tol.logprob)
+    assert_matches_reference(out.entropy, want[1], atol=tol.entropy(5.0))
+    out.logprob.sum().backward()
+    want[0].sum().backward()
+    assert_matches_reference(leaf.grad, plain.grad, atol=tol.dlogits(1.0, torch.float32))
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    one_pass = grpo_loss(data.logits, data.token_ids, data.advantage, mask, **options)
+    assert_matches_reference(one_pass.logprob, want[0], atol=tol.logprob)
+    assert_matches_reference(one_pass.entropy, want[1], atol=tol.entropy(5.0))
+
+
 def test_one_pass_and_two_steps_agree_on_a_confident_token():
     """A token of probability 1 - 1e-13 keeps its log-prob and its gradient (plain log_softmax gives exactly 0)."""
     logits = torch.tensor([[[30.0, 0.0, 0.0]]], requires_grad=True)
