@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastgrpo.trainer.batch import TokenBatch
 from fastgrpo.trainer.checkpoint import rng, tree
@@ -59,17 +60,17 @@ def contents(
 ) -> Iterator[File]:
     """The files of this rank, one after the other; rank 0 has those that all ranks share."""
     main = state.run.ranks.is_main
-    weights = gathered(state.run.policy.model)
+    weights = gathered(state.run.policy.model, keep=main)
     if main:
         yield from ((name, [content]) for name, content in extra)
         yield "model.safetensors", tree.pieces(tree.flatten(weights)[0])
     del weights
     if state.reference is not None:
-        weights = gathered(state.reference)
+        weights = gathered(state.reference, keep=main)
         if main:
             yield "reference.safetensors", tree.pieces(tree.flatten(weights)[0])
         del weights
-    optimizer = whole(state.optimizer.state_dict())
+    optimizer = whole(state.optimizer.state_dict(), keep=main)
     if main:
         yield from _part("optimizer", optimizer)
     del optimizer
@@ -84,18 +85,22 @@ def _part(name: str, value: Any) -> Iterator[File]:
     yield f"{name}.json", [text]
 
 
-def gathered(module: nn.Module) -> dict[str, Tensor]:
-    """All weights, of sharded ones the whole."""
-    return {name: full(tensor) for name, tensor in module.state_dict().items()}
+def gathered(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """All weights, of sharded ones the whole in host memory; a rank that does not keep them only takes part."""
+    state: dict[str, Tensor] = whole(dict(module.state_dict()), keep)
+    return state
 
 
-def whole(value: Any) -> Any:
-    """Nested state with sharded tensors made whole."""
+def whole(value: Any, keep: bool) -> Any:
+    """Nested state with sharded tensors made whole, one after the other."""
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: whole(item, keep) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(whole(item) for item in value)
-    return full(value) if isinstance(value, Tensor) else value
+        return type(value)(whole(item, keep) for item in value)
+    if not isinstance(value, DTensor):
+        return value
+    tensor = full(value)
+    return tensor.cpu() if keep else None
 
 
 def all_finite(module: nn.Module) -> bool:
