@@ -3,9 +3,9 @@
     python benchmarks/linear_compare.py [--quick] [--rounds N] [--out results.jsonl]
 
 Run it once as it is and once with THP_MEM_ALLOC_ENABLE=1 (huge pages for PyTorch's allocator). Every contender gets the
-mask; TRL drops masked rows, as it does on a GPU, and plain PyTorch is shown with and without rows packed by hand. Rows of
-zero advantage only this package can drop. Figures are medians of process
-CPU time; the ratio of a peer is its median over ours, below 1 where it wins.
+mask; TRL drops masked rows, as it does on a GPU, and plain PyTorch is shown with and without rows packed by hand. Only
+this package can drop rows of zero advantage. Figures are medians of process CPU time; the ratio of a peer is its median
+over ours, below 1 where it wins.
 """
 
 import argparse
@@ -197,12 +197,17 @@ def compare(case: Case, rounds: int) -> dict[str, object]:
     """Medians of all contenders in milliseconds, in turns."""
     batch = make_batch(case)
     contenders = OURS | PEERS | (PACKED if case.active < 1 and case.idle_by == "mask" else {})
+    if case.vocabulary > 100_000:
+        contenders.pop(
+            "F.linear_cross_entropy", None
+        )  # per token and chunked it takes minutes there
     times: dict[str, list[float]] = {}
     wrong, slow = [], []
     expected: list[Tensor] = []
     for name, run in list(contenders.items()):
-        once(case, batch, run)  # compiles, loads
-        seconds, results = once(case, batch, run)
+        seconds, results = once(case, batch, run)  # compiles and loads too
+        if not times or seconds < TOO_SLOW * times["fastgrpo"][0]:
+            seconds, results = once(case, batch, run)
         expected = expected or results
         times[name] = [seconds]
         if not agree(results, expected):
