@@ -56,6 +56,14 @@ MECHANISMS: Mapping[str, Objective] = {
     "gate_rollout": Objective.dapo().replace(
         gates=(Gate(stat="k2", high=0.5, between="theta_rollout", pool="seq_max"),)
     ),
+    "four_gates": Objective.grpo().replace(  # as many as there may be, one of each pooling
+        gates=(
+            Gate(stat="ratio", low=0.6, high=1.6),
+            Gate(stat="k2", high=0.4, pool="seq_sum", when="positive"),
+            Gate(stat="k3", high=0.1, pool="seq_mean", when="negative"),
+            Gate(stat="tv", low=-0.3, high=0.3, pool="seq_max", between="theta_rollout"),
+        )
+    ),
     "gate_mask": Objective.dapo().replace(
         gates=(Gate(stat="ratio", low=0.5, high=2.0, between="old_rollout", scope="mask"),)
     ),

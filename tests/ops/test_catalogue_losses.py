@@ -54,6 +54,28 @@ def test_N16_zero_advantage_removes_an_overflowing_ratio():
     assert bool((grad == 0).all())
 
 
+@pytest.mark.parametrize("fault", [None, NAN])
+def test_N16_extremes_of_infinite_and_nan_metrics(fault):
+    """Both infinities among the log-ratios: minimum and maximum show them; NaN, if there is one, shows everywhere."""
+    logprob = torch.full((3, 5), -1.0)
+    old = logprob.clone()
+    old[0, 1], old[2, 4] = INF, -INF
+    if fault is not None:
+        old[1, 2] = fault
+    metrics = policy_loss(
+        logprob, torch.ones(3), torch.ones(3, 5, dtype=torch.bool), old_logprob=old
+    ).metrics
+    low, high = float(metrics.min("log_ratio")), float(metrics.max("log_ratio"))
+    if fault is None:
+        assert (low, high) == (-INF, INF)
+    else:
+        assert math.isnan(low)
+        assert math.isnan(high)
+    assert math.isnan(float(metrics["log_ratio"]))
+    assert float(metrics.sum("clamp_log_ratio")) == 2
+    assert float(metrics.sum("fault")) == (2 if fault is None else 3)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_N16_nan_old_logprob_is_a_visible_fault_of_its_sequence(name):
     objective = PRESETS[name]
