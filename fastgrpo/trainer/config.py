@@ -56,12 +56,12 @@ class TrainConfig:
     """When a reward function fails: stop, or skip its scores and say so."""
 
     # Making the base model: supervised fine-tuning on worked examples
-    sft_steps: int = 1000
+    sft_steps: int = 1200
     """Steps of supervised fine-tuning; 0 starts from random weights."""
     sft_batch_size: int = 32
     """Examples per SFT step."""
     sft_learning_rate: float = 4e-3
-    """Peak learning rate of SFT (AdamW's; Muon's is five times it); warms up over 50 steps, then falls to 2 %."""
+    """Peak learning rate of SFT (AdamW's; Muon's is 2.5 times it); warms up over 50 steps, then falls to 2 %."""
 
     # GRPO: sampling
     max_steps: int = 50

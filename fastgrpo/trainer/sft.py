@@ -17,7 +17,7 @@ from fastgrpo.trainer.text import encode_completions, prompt_ids
 WARMUP_STEPS = 50
 FINAL_FACTOR = 0.02
 BETAS = (0.9, 0.98)
-MUON_FACTOR = 5.0
+MUON_FACTOR = 2.5
 """Muon's learning rate over AdamW's: its updates have a fixed size, whatever the gradient's."""
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
