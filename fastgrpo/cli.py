@@ -12,6 +12,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from fastgrpo.trainer.foreign_text import presentable
+
 STARTED = time.time()
 USAGE = "usage: fastgrpo COMMAND [options]      (fastgrpo COMMAND --help lists a command's options)"
 
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = option_value(rest, "threads") or "1"
     set_environment(threads)
     if COMMANDS[name].announces and not {"-h", "--help"} & set(rest):
-        print(f"fastgrpo {_version()} {' '.join(argv)}", flush=True)
+        print(f"fastgrpo {_version()} {presentable(' '.join(argv))}", flush=True)
     try:
         code: int = import_module(COMMANDS[name].module).main(rest)
     except KeyboardInterrupt:

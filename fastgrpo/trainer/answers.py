@@ -11,6 +11,8 @@ STATED = (
 """How solutions state an answer, the most explicit first; of several statements of one kind the last counts."""
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
 AROUND = re.compile(r"^[\s$€£*:=(\[]+|[\s$€£*.:;)\]]+$")
+LONGEST = 200
+"""Characters of an answer that can be a number; matching stays short whatever a model writes."""
 UNIT = re.compile(r"(?<=\d)\s*(?:%|[A-Za-z][A-Za-z ]*)$")
 
 
@@ -26,6 +28,8 @@ def stated_answer(text: str) -> str | None:
 
 def normal_number(text: str) -> str | None:
     """One way to write a number: "1,200.0" -> "1200", "$5." -> "5", "18 apples" -> "18"; None if it is no number."""
+    if len(text) > LONGEST:
+        return None
     bare = AROUND.sub("", text)
     bare = AROUND.sub("", UNIT.sub("", bare))
     if not any(c.isdigit() for c in bare) or not NUMBER.fullmatch(bare):

@@ -39,8 +39,8 @@ def cache_folder(output_dir: Path) -> Path | None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-        if status.st_uid != os.getuid():
-            return None
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            return None  # others may have put a base there
         folder.chmod(0o700)
     except OSError:
         return None

@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from fastgrpo.trainer.foreign_text import presentable
+
 COLUMNS = {
     "reward": ("reward", "{:.3f}"),
     "length": ("completions/mean_length", "{:.1f}"),
@@ -105,7 +107,7 @@ class PlainDisplay:
 
     def note(self, text: str) -> None:
         """See `Display`."""
-        print(text, flush=True)
+        print(presentable(text), flush=True)
 
     def close(self) -> None:
         """See `Display`."""
@@ -184,7 +186,7 @@ class LiveDisplay:
 
     def note(self, text: str) -> None:
         """See `Display`."""
-        self._console.print(text, markup=False)
+        self._console.print(presentable(text), markup=False)
 
     def close(self) -> None:
         """See `Display`."""

@@ -1,12 +1,11 @@
 """Tables of users: JSON lines, JSON, CSV or Parquet, with the columns found by their usual names."""
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.trainer.jsonl import DataError, parse_lines
+from fastgrpo.trainer.jsonl import DataError, parse, parse_lines
 
 PROMPT = ("prompt", "question", "problem", "instruction", "input")
 ANSWER = ("answer", "ground_truth", "solution", "target", "label")
@@ -24,7 +23,7 @@ def read_table(path: str) -> list[dict[str, Any]]:
         if kind in (".jsonl", ".ndjson"):
             return list(parse_lines(path))
         if kind == ".json":
-            records = json.loads(Path(path).read_bytes())
+            records = parse(Path(path).read_bytes())
             if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
                 raise DataError(f"{path}: expected a list of objects")
             return records
@@ -35,7 +34,9 @@ def read_table(path: str) -> list[dict[str, Any]]:
             return _read_parquet(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except DataError:
+        raise
+    except ValueError as error:
         raise DataError(f"{path}: {error}") from None
     raise DataError(f"{path}: expected .jsonl, .json, .csv or .parquet")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from fastgrpo.trainer.foreign_text import presentable
 from fastgrpo.trainer.jsonl import DataError
 from fastgrpo.trainer.records import (
     ANSWER,
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         sample = read_sample(options.data)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {presentable(str(error))}", file=sys.stderr)
         return 2
     reward = ProcessReward(options.reward, options.timeout)
     try:
@@ -152,5 +153,5 @@ def probe(reward: ProcessReward, sample: Sample, mean: float) -> list[str]:
 
 def shorten(text: str, width: int = 80) -> str:
     """One line of a text."""
-    line = " ".join(text.split())
+    line = presentable(" ".join(text.split()))
     return line if len(line) <= width else line[: width - 3] + "..."

@@ -31,9 +31,9 @@ def load_head(path: str, dtype: torch.dtype | None) -> ModelHead:
     place = Path(path)
     if not place.exists():
         raise ValueError(f"--model must be a folder or a config.json on this machine, got {path!r}")
-    config = AutoConfig.from_pretrained(place)
+    config = AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     layer = model.get_output_embeddings()
     if layer is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings to verify")
@@ -82,6 +82,9 @@ def _shards(place: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = [file for file in table.values() if Path(file).name != file]
+        if outside:
+            raise ValueError(f"{index.name} must name files of its own folder, got {outside[0]!r}")
         return {name: folder / file for name, file in table.items()}
     found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
