@@ -1,10 +1,10 @@
 """Fills the blocks `<!-- results:NAME -->` ... `<!-- /results:NAME -->` from benchmarks/results: no typed figures.
 
-    python -m benchmarks.readme_tables           rewrite README.md and docs/benchmarks.md
+    python -m benchmarks.readme_tables           rewrite README.md, docs/benchmarks.md and docs/trainer.md
     python -m benchmarks.readme_tables --check   exit code 1 if a block is stale
 
-NAME: cpu, cpu-2-threads, cpu-goals, cpu-all (results/cpu-*.jsonl), gpu (results/gpu-*.jsonl), default-job
-(results/default_job.jsonl: the summary.json of one seed per line), scaling (results/scaling.json), callgrind.
+NAME: cpu, cpu-2-threads, cpu-goals, cpu-all (results/cpu-*.jsonl), gpu (results/gpu-*.jsonl), job-story and
+other jobs (results/jobs.jsonl: the summary.json of one run per line), scaling (results/scaling.json), callgrind.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
@@ -23,7 +24,7 @@ from fastgrpo.bench.rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "trainer.md")
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n)(.*?)(<!-- /results:\2 -->)", re.DOTALL)
 NOTHING = "*Not measured yet.*\n"
 PEERS = ("torch.compile", "eager", "TRL", "Liger", "F.linear_cross_entropy")
@@ -156,26 +157,30 @@ def everything() -> str:
     return "\n".join(parts)
 
 
-def default_job() -> str:
-    """Scores before and after, over the seeds."""
-    path = RESULTS / "default_job.jsonl"
-    if not path.exists():
+def job(name: str) -> str:
+    """Scores of a training job before and after, over the seeds."""
+    path = RESULTS / "jobs.jsonl"
+    runs_of = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    seeds = [run for run in runs_of if run["config"]["job"] == name]
+    if not seeds:
         return NOTHING
-    seeds = [json.loads(line) for line in path.read_text().splitlines()]
+    config = seeds[0]["config"]
+    first = {
+        "base": "after SFT" if config["sft_steps"] else "random weights",
+        "final": "after GRPO",
+    }
     rows = []
-    for name in ("base", "final"):
-        scores = [[100 * seed[name][score] for seed in seeds] for score in seeds[0][name]]
+    for model, label in first.items():
+        scores = [[100 * seed[model][score] for seed in seeds] for score in seeds[0][model]]
         values = [f"{mean(v):.1f} ({min(v):.1f}-{max(v):.1f})" for v in scores]
-        length = mean(seed["mean_length"][name] for seed in seeds)
-        label = {"base": "after SFT", "final": "after GRPO"}[name]
+        length = mean(seed["mean_length"][model] for seed in seeds)
         rows.append([label, *values, f"{length:.1f}"])
     text = table(["%", *seeds[0]["base"], "tokens"], rows)
-    minutes = mean(seed["cpu_s"] for seed in seeds) / 60
-    questions, config = seeds[0]["eval_questions"]["final"], seeds[0]["config"]
     return text + (
-        f"\nMean (lowest-highest) of {len(seeds)} seed{'s' * (len(seeds) > 1)}, {questions} held-out questions, "
-        f"{config['max_steps']} GRPO steps of {config['prompts_per_step']} x {config['num_generations']} completions; "
-        f"{minutes:.1f} minutes of processor time with supervised training and evaluation.\n"
+        f"\nMean (lowest-highest) of seeds {', '.join(str(seed['config']['seed']) for seed in seeds)}; "
+        f"{seeds[0]['eval_questions']['final']} held-out questions; {config['max_steps']} GRPO steps of "
+        f"{config['prompts_per_step']} x {config['num_generations']} completions; the whole run takes "
+        f"{mean(seed['wall_s'] for seed in seeds):.0f} s ({mean(seed['cpu_s'] for seed in seeds):.0f} s of one core).\n"
     )
 
 
@@ -208,7 +213,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cpu-goals": goals,
     "cpu-all": everything,
     "gpu": lambda: speed(_gpu(), on_gpu=True),
-    "default-job": default_job,
+    **{f"job-{name}": partial(job, name) for name in ("story", "copy", "gsm8k-equations")},
     "scaling": scaling,
     "callgrind": callgrind,
 }

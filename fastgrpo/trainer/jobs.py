@@ -40,9 +40,9 @@ JOBS = {
     "gsm8k-equations": Job(
         "the two-operand equations in GSM8K's solutions (needs --data FILE.jsonl)",
         {
-            "sft_steps": 500,
+            "sft_steps": 400,
             "sft_batch_size": 64,
-            "max_steps": 120,
+            "max_steps": 200,
             "prompts_per_step": 64,
             "max_completion_length": 8,
             "learning_rate": 1e-3,
@@ -77,6 +77,7 @@ JOBS = {
     ),
 }
 FROM_FILES = ("gsm8k-equations", "gsm8k", "custom")
+NEED_MODEL = ("gsm8k", "custom")
 
 
 def default_config(job: str) -> TrainConfig:
@@ -90,7 +91,7 @@ def make_task(config: TrainConfig) -> "Task":
 
     task = _make_task(config)
     if config.supervision == "process" and isinstance(task, OutcomeOnly):
-        raise ValueError(f"supervision must be outcome: the job {config.job} cannot reward lines")
+        raise ValueError(f"--supervision must be outcome: the job {config.job} cannot reward lines")
     return task
 
 
@@ -101,18 +102,8 @@ def _make_task(config: TrainConfig) -> "Task":
     from fastgrpo.trainer.tasks.gsm8k_equations import load_equations
     from fastgrpo.trainer.tasks.story import Story
 
-    if config.job in FROM_FILES:
-        if config.data is None:
-            raise ValueError(
-                f"data must name a file for the job {config.job}, e.g. --data train.jsonl"
-            )
-        if config.job == "custom":
-            return load_custom(config.data, config.test_data)
-        load = load_gsm8k if config.job == "gsm8k" else load_equations
-        return load(config.data, config.test_data)
-    for name in ("data", "test_data"):
-        if getattr(config, name) is not None:
-            raise ValueError(
-                f"{name} does not belong to the job {config.job}, which makes its own problems"
-            )
-    return CopyDigits() if config.job == "copy" else Story()
+    loaders = {"custom": load_custom, "gsm8k": load_gsm8k, "gsm8k-equations": load_equations}
+    if config.job not in FROM_FILES:
+        return CopyDigits() if config.job == "copy" else Story()
+    assert config.data is not None  # `check_inputs` has looked
+    return loaders[config.job](config.data, config.test_data)
