@@ -7,17 +7,19 @@ from typing import Protocol
 from torch import Tensor
 
 
+class SamplerError(RuntimeError):
+    """A sampler cannot go on; the text says why and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """B = prompts x num_samples completions; the samples of one prompt are neighbours."""
 
     prompt_ids: list[list[int]]
-    completion_ids: list[
-        list[int]
-    ]  # each ends with the end token, unless it was cut at the maximum length
-    logprob: (
-        list[Tensor] | None
-    )  # [length] float32 each, at the sampling temperature; None: the sampler cannot say
+    # Each ends with the end token or one to pause at, unless it was cut at the maximum length.
+    completion_ids: list[list[int]]
+    # [length] float32 each, at the sampling temperature; NaN: not sampled; None: the sampler cannot say.
+    logprob: list[Tensor] | None
     truncated: list[bool]
 
     @property
@@ -42,8 +44,11 @@ class Sampler(Protocol):
         num_samples: int,
         max_new_tokens: int,
         temperature: float,
+        pause_ids: Sequence[int] = (),
     ) -> Rollout:
-        """`num_samples` completions per prompt; temperature 0 takes the likeliest token."""
+        """`num_samples` completions per prompt, up to the end token or the first of `pause_ids`; temperature 0 takes
+        the likeliest token.
+        """
 
 
 def join(parts: Sequence[Rollout]) -> Rollout:

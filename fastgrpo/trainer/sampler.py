@@ -66,8 +66,10 @@ class KVSampler:
         num_samples: int,
         max_new_tokens: int,
         temperature: float,
+        pause_ids: Sequence[int] = (),
     ) -> Rollout:
         """See `Sampler.sample`."""
+        stop_ids = torch.tensor([self.eos_id, *pause_ids], device=self.device)
         ids, padding = pad_left(prompts, self.pad_id)
         logits, cache = self.decoder.prefill(
             ids.to(self.device), padding.to(self.device), max_new_tokens, num_samples
@@ -91,7 +93,7 @@ class KVSampler:
             token_ids = torch.where(live, token_ids, self.pad_id)
             out_ids[rows, t] = token_ids
             out_logprob[rows, t] = torch.where(live, logprob, 0.0)
-            stop = live & (token_ids == self.eos_id)
+            stop = live & torch.isin(token_ids, stop_ids)
             lengths[rows[stop]] = t + 1
             ended[rows[stop]] = True
             live &= ~stop
@@ -161,6 +163,7 @@ class TransformersSampler:
         num_samples: int,
         max_new_tokens: int,
         temperature: float,
+        pause_ids: Sequence[int] = (),
     ) -> Rollout:
         """See `Sampler.sample`; draws from torch's global generator, as `generate` does."""
         ids, padding = pad_left(prompts, self.pad_id)
@@ -171,14 +174,14 @@ class TransformersSampler:
             input_ids=ids.repeat_interleave(num_samples, 0).to(device),
             attention_mask=attention.long().repeat_interleave(num_samples, 0).to(device),
             max_new_tokens=max_new_tokens,
-            eos_token_id=self.eos_id,
+            eos_token_id=[self.eos_id, *pause_ids],
             pad_token_id=self.pad_id,
             return_dict_in_generate=True,
             output_logits=True,
             **(draw if temperature > 0 else {"do_sample": False}),
         )
         token_ids = out.sequences[:, ids.shape[1] :]
-        is_end = token_ids == self.eos_id
+        is_end = torch.isin(token_ids, token_ids.new_tensor([self.eos_id, *pause_ids]))
         ended = is_end.any(-1)
         width = token_ids.shape[1]
         lengths = torch.where(ended, is_end.int().argmax(-1) + 1, width)
