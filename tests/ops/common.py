@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo import Objective, grpo_loss, policy_loss, reference, token_logprob
+from fastgrpo import (
+    Objective,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_logprob,
+    policy_loss,
+    reference,
+    token_logprob,
+)
 from fastgrpo.batch import LossInputs, prepare
 from fastgrpo.choices import KL, Correction, Gate, Reduce
 from fastgrpo.functional.token_logprob import logit_params_tensor, rows, temperature_tensor
@@ -17,6 +25,7 @@ EPS32 = torch.finfo(torch.float32).eps
 INF, NAN = float("inf"), float("nan")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 PATHS = ("two_step", "one_pass")  # token_logprob then policy_loss, or grpo_loss
+LINEAR_PATHS = ("linear_two_step", "linear_one_pass")  # the same from hidden states, see `as_head`
 
 # Every preset once, and every mechanism that no preset uses (gates on a pooled statistic, KL gradients, corrections).
 PRESETS: Mapping[str, Objective] = {
@@ -103,6 +112,50 @@ class Scored:
 _LOGIT_OPTIONS = ("temperature", "logit_scale", "logit_softcap")
 
 
+def as_head(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(hidden [..., N], weight [V, N]) whose product are these finite logits, to the bit; masked rows are NaN.
+
+    Hidden states are the unit vectors, so that the weight's gradient is that of the logits, transposed.
+    """
+    dead = ~mask.reshape(-1).bool()
+    flat = logits.reshape(dead.shape[0], logits.shape[-1])
+    hidden = torch.eye(flat.shape[0], dtype=logits.dtype).masked_fill(dead[:, None], NAN)
+    return hidden.view(*mask.shape, -1), flat.masked_fill(dead[:, None], 0.0).t().contiguous()
+
+
+def linear_score(
+    path: str,
+    logits: Tensor,
+    token_ids: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> Scored:
+    """`score` by one of the LINEAR_PATHS."""
+    hidden, weight = as_head(logits.detach(), mask)
+    weight.requires_grad_()
+    if path == "linear_one_pass":
+        out = linear_grpo_loss(hidden, weight, token_ids, advantage, mask, bias=bias, **options)
+        logprob, entropy = out.logprob, out.entropy
+    else:
+        head = {name: options.pop(name) for name in _LOGIT_OPTIONS if name in options}
+        logprob, entropy = linear_token_logprob(
+            hidden, weight, token_ids, bias=bias, mask=mask, with_entropy=True, **head
+        )
+        out = policy_loss(logprob, advantage, mask, entropy=entropy, **options)
+    out.loss.backward()
+    return Scored(
+        out.loss.detach(),
+        out.token_loss.detach(),
+        logprob.detach(),
+        entropy.detach(),
+        weight.grad.t().reshape(logits.shape),
+        out.metrics,
+    )
+
+
 def score(
     path: str,
     logits: Tensor,
@@ -113,7 +166,9 @@ def score(
     grad: bool = True,
     **options: Any,
 ) -> Scored:
-    """Loss, statistics and gradient of the logits by one of the two PATHS."""
+    """Loss, statistics and gradient of the logits by one of the PATHS or LINEAR_PATHS."""
+    if path in LINEAR_PATHS:
+        return linear_score(path, logits, token_ids, advantage, mask, **options)
     logits = logits.detach()
     leaf = logits.requires_grad_() if grad else logits
     if path == "one_pass":

@@ -1,6 +1,7 @@
 """Checks of what the linear ops share, and the dtype their products run in."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +45,11 @@ class LinearOptions:
                 raise ValueError(f"{name} must be None or >= {least}, got {value!r}")
 
 
-def whole(name: str, value: Tensor) -> Tensor:
+def whole(name: str, value: Any) -> Any:
     """The full tensor of a sharded DTensor, gathered once (its gradient is scattered back); others as they are."""
     if not hasattr(value, "full_tensor"):
         return value
-    full: Tensor = value.full_tensor()
+    full = value.full_tensor()
     if full.shape != value.shape:
         raise ValueError(
             f"{name} is a DTensor whose full_tensor() has shape {tuple(full.shape)}, not {tuple(value.shape)}"
@@ -61,11 +62,11 @@ def check_head(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return hidden [..., H], weight [V, H] and bias [V] or None, plain tensors that fit together."""
     hidden = require_float("hidden", hidden)
-    if hasattr(hidden, "full_tensor"):
-        raise TypeError(
-            f"hidden must be a plain tensor, pass hidden.to_local() or hidden.full_tensor(); got {describe(hidden)}"
+    if hidden.device.type == "meta":
+        raise ValueError(
+            f"hidden must hold data (how many rows are multiplied depends on it), got {describe(hidden)}"
         )
-    weight = whole("weight", require_float("weight", weight))
+    weight = require_float("weight", whole("weight", weight))
     if hidden.dim() < 1 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden must have shape [..., H] with H >= 1, got {describe(hidden)}")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
@@ -74,7 +75,7 @@ def check_head(
     require_device("weight", weight, hidden, "hidden")
     if bias is None:
         return hidden, weight, None
-    bias = whole("bias", require_float("bias", bias))
+    bias = require_float("bias", whole("bias", bias))
     require_shape("bias", bias, (weight.shape[0],), "one entry per row of weight")
     require_device("bias", bias, hidden, "hidden")
     return hidden, weight, bias
