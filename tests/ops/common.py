@@ -119,8 +119,11 @@ def as_head(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     dead = ~mask.reshape(-1).bool()
     flat = logits.reshape(dead.shape[0], logits.shape[-1])
-    hidden = torch.eye(flat.shape[0], dtype=logits.dtype).masked_fill(dead[:, None], NAN)
-    return hidden.view(*mask.shape, -1), flat.masked_fill(dead[:, None], 0.0).t().contiguous()
+    width = max(flat.shape[0], 1)  # there is no head of width 0
+    hidden = torch.eye(flat.shape[0], width, dtype=logits.dtype).masked_fill(dead[:, None], NAN)
+    weight = logits.new_zeros(logits.shape[-1], width)
+    weight[:, : flat.shape[0]] = flat.masked_fill(dead[:, None], 0.0).t()
+    return hidden.view(*mask.shape, width), weight
 
 
 def linear_score(
@@ -151,7 +154,7 @@ def linear_score(
         out.token_loss.detach(),
         logprob.detach(),
         entropy.detach(),
-        weight.grad.t().reshape(logits.shape),
+        weight.grad.t()[: mask.numel()].reshape(logits.shape),
         out.metrics,
     )
 
