@@ -51,7 +51,7 @@ def reward_weights(config: TrainConfig) -> list[float] | None:
         return [float(word) for word in config.reward_weights.split(",")]
     except ValueError:
         raise ValueError(
-            f"reward_weights must be numbers with commas between, got {config.reward_weights!r}"
+            f"--reward-weights must be numbers with commas between, got {config.reward_weights!r}"
         ) from None
 
 

@@ -15,6 +15,11 @@ ObjectiveName = Literal[
 WITH_EPSILON = ("grpo", "dr_grpo", "dapo", "bnpo", "gspo", "gspo_token", "luspo", "gmpo", "rloo")
 
 
+def option(name: str) -> str:
+    """How a field is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Options of `fastgrpo train`."""
@@ -37,9 +42,9 @@ class TrainConfig:
 
     # Data and model
     data: str | None = None
-    """JSON-lines file of the job's data (gsm8k-equations)."""
+    """File of the job's data, for gsm8k-equations and gsm8k (.jsonl) and custom (.jsonl, .json, .csv, .parquet)."""
     test_data: str | None = None
-    """JSON-lines file to test on; without it a part of `data` is held out."""
+    """File to test on, of the same kind; without it a part of `data` is held out."""
     model_name_or_path: str | None = None
     """Folder of a model that `save_pretrained` wrote, to start from instead of making a base."""
 
@@ -122,7 +127,7 @@ class TrainConfig:
 
     # Evaluation and output
     eval_questions: int = 512
-    """Held-out questions of the evaluations of the base and of the final model; 0 skips them."""
+    """Held-out questions of the evaluations of the base and of the final model, all if there are fewer; 0: none."""
     eval_samples: int = 8
     """Samples per question behind pass@1, maj@k and pass@k (k = this number)."""
     eval_temperature: float = 1.0
@@ -157,37 +162,42 @@ class TrainConfig:
     """Questions whose completions the report shows, before and after."""
 
     def __post_init__(self) -> None:
-        """Reject numbers that cannot be meant, naming the option."""
-        whole = "threads sft_batch_size prompts_per_step max_completion_length num_iterations eval_samples"
-        whole += " per_device_train_batch_size logging_steps steps_per_generation max_bad_steps"
-        for name in whole.split():
+        """Reject what cannot be meant, naming the option."""
+        at_least_1 = (
+            "threads sft_batch_size prompts_per_step max_completion_length num_iterations eval_samples "
+            "per_device_train_batch_size logging_steps steps_per_generation max_bad_steps"
+        )
+        at_least_0 = (
+            "sft_steps max_steps ref_sync_steps warmup_steps eval_questions eval_steps completions_to_show "
+            "save_steps save_total_limit sampling_streams beta weight_decay"
+        )
+        above_0 = (
+            "temperature eval_temperature learning_rate sft_learning_rate max_grad_norm dead_rank_seconds "
+            "reward_timeout"
+        )
+        for name in at_least_1.split():
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
-        natural = "sft_steps max_steps ref_sync_steps warmup_steps eval_questions eval_steps completions_to_show"
-        natural += " save_steps save_total_limit sampling_streams"
-        for name in natural.split():
+        for name in at_least_0.split():
             self._require(name, getattr(self, name) >= 0, "must be at least 0")
-        for name in ("beta", "weight_decay"):
-            self._require(name, getattr(self, name) >= 0, "must be at least 0")
-        for name in (
-            "temperature",
-            "eval_temperature",
-            "learning_rate",
-            "sft_learning_rate",
-            "max_grad_norm",
-            "dead_rank_seconds",
-            "reward_timeout",
-        ):
+        for name in above_0.split():
             self._require(name, getattr(self, name) > 0, "must be above 0")
-        rule = f"must be at most prompts_per_step ({self.prompts_per_step})"
         for name in ("steps_per_generation", "sampling_streams"):
-            self._require(name, getattr(self, name) <= self.prompts_per_step, rule)
+            fits = getattr(self, name) <= self.prompts_per_step
+            self._require(
+                name, fits, f"must be at most {self.prompts_per_step} (--prompts-per-step)"
+            )
         rule = "must be at least 2: a completion is compared with others of its group"
         self._require("num_generations", self.num_generations >= 2, rule)
         for name in ("epsilon", "epsilon_high"):
-            given = getattr(self, name) is not None
-            rule = f"does not belong to objective {self.objective}"
-            self._require(name, not given or self.objective in WITH_EPSILON, rule)
+            value = getattr(self, name)
+            if value is not None:
+                rule = f"does not belong to --objective {self.objective}"
+                self._require(name, self.objective in WITH_EPSILON, rule)
+                self._require(name, value >= 0, "must be at least 0")
+        # Below a ratio of 0 there is nothing to clip; gmpo clips the ratio's logarithm instead.
+        below_1 = self.epsilon is None or self.epsilon < 1 or self.objective == "gmpo"
+        self._require("epsilon", below_1, "must be below 1")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise ValueError(f"{name} {rule}, got {getattr(self, name)!r}")
+            raise ValueError(f"{option(name)} {rule}, got {getattr(self, name)!r}")

@@ -1,5 +1,6 @@
 """The built-in jobs: what each is, and where its defaults differ from `TrainConfig`'s. Nothing here imports torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -97,13 +98,23 @@ def make_task(config: TrainConfig) -> "Task":
 
 def _make_task(config: TrainConfig) -> "Task":
     from fastgrpo.trainer.tasks.copy_digits import CopyDigits
-    from fastgrpo.trainer.tasks.custom import load_custom
-    from fastgrpo.trainer.tasks.gsm8k import load_gsm8k
-    from fastgrpo.trainer.tasks.gsm8k_equations import load_equations
+    from fastgrpo.trainer.tasks.custom import Custom, load_custom
+    from fastgrpo.trainer.tasks.gsm8k import Gsm8k, load_gsm8k
+    from fastgrpo.trainer.tasks.gsm8k_equations import Gsm8kEquations, load_equations
     from fastgrpo.trainer.tasks.story import Story
 
-    loaders = {"custom": load_custom, "gsm8k": load_gsm8k, "gsm8k-equations": load_equations}
+    loaders: dict[str, Callable[[str, str | None], Custom | Gsm8k | Gsm8kEquations]] = {
+        "custom": load_custom,
+        "gsm8k": load_gsm8k,
+        "gsm8k-equations": load_equations,
+    }
     if config.job not in FROM_FILES:
         return CopyDigits() if config.job == "copy" else Story()
     assert config.data is not None  # `check_inputs` has looked
-    return loaders[config.job](config.data, config.test_data)
+    task = loaders[config.job](config.data, config.test_data)
+    if not task.splits["train"]:
+        held = sum(map(len, task.splits.values()))
+        raise ValueError(
+            f"--data must leave something to train on: all {held} records of {config.data} are held out"
+        )
+    return task

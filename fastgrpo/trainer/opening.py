@@ -7,6 +7,7 @@ from pathlib import Path
 from fastgrpo.trainer import rundir
 from fastgrpo.trainer.checkpoint.lock import FolderLock, Locked
 from fastgrpo.trainer.config import TrainConfig
+from fastgrpo.trainer.rundir import RunDirError
 from fastgrpo.trainer.settings import to_yaml
 
 
@@ -20,51 +21,82 @@ class Opened:
     source: Path | None = None  # a checkpoint, or a run that has some; None: this run's own
 
 
+def check_folder(config: TrainConfig) -> None:
+    """Refuses a folder that `open_run` would refuse, before anything is loaded. Writes nothing.
+
+    Raises:
+        RunDirError: It cannot be used, or `--resume` names nothing to go on from.
+    """
+    folder, source = _target(config)
+    if folder is None or not is_first():
+        return
+    if not _goes_on(config, folder):
+        rundir.check(folder, config.overwrite)
+    own = config.resume == "auto" or (source is not None and run_of(source) == folder)
+    if own and config.overwrite:
+        raise RunDirError("--overwrite would delete what --resume goes on from: give one of them")
+
+
 def open_run(config: TrainConfig) -> Opened:
     """Claims and locks the folder that the options name.
 
     Raises:
-        RunDirError: It cannot be used, or another trainer works in it.
+        RunDirError: As `check_folder`, or another trainer works in it.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    folder, source = config.output_dir, None
-    if config.resume not in ("auto", "never"):
-        source = Path(config.resume)
-        own = run_of(source)
-        folder = folder or str(own)
-    if folder is None and (config.resume == "auto" or processes > 1):
-        why = "--resume auto" if config.resume == "auto" else "a run of several processes"
-        raise rundir.RunDirError(f"{why} needs --output-dir")
-    if os.environ.get("RANK", "0") != "0":
+    check_folder(config)
+    folder, source = _target(config)
+    if not is_first():
         assert folder is not None
-        return Opened(Path(folder), None, config.resume != "never", source)
+        return Opened(folder, None, config.resume != "never", source)
     if folder is None:
         path = rundir.claim(None, config.job, to_yaml(config), overwrite=False)
         return Opened(path, _lock(path))
-    path = Path(folder)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise rundir.RunDirError(f"output_dir {path} cannot be used: {error.strerror}") from None
-    lock = _lock(path)
+        raise RunDirError(f"--output-dir {folder} cannot be used: {error.strerror}") from None
+    lock = _lock(folder)
     try:
-        if config.resume != "never" and not config.overwrite and (path / rundir.CONFIG).exists():
-            rundir.write_text(path / rundir.CONFIG, to_yaml(config))
+        if _goes_on(config, folder):
+            rundir.write_text(folder / rundir.CONFIG, to_yaml(config))
         else:
             rundir.claim(folder, config.job, to_yaml(config), config.overwrite)
     except BaseException:
         lock.release()
         raise
-    return Opened(path, lock, config.resume != "never", source)
+    return Opened(folder, lock, config.resume != "never", source)
+
+
+def _target(config: TrainConfig) -> tuple[Path | None, Path | None]:
+    """The folder that the options name (None: the next free one), and what they say to go on from."""
+    folder = None if config.output_dir is None else Path(config.output_dir)
+    source = None
+    if config.resume not in ("auto", "never"):
+        source = Path(config.resume)
+        folder = run_of(source) if folder is None else folder
+    if folder is None and (config.resume == "auto" or os.environ.get("WORLD_SIZE", "1") != "1"):
+        why = "--resume auto" if config.resume == "auto" else "a run of several processes"
+        raise RunDirError(f"{why} needs --output-dir")
+    return folder, source
+
+
+def _goes_on(config: TrainConfig, folder: Path) -> bool:
+    """Whether the run that the folder holds is to be taken up."""
+    return config.resume != "never" and not config.overwrite and (folder / rundir.CONFIG).exists()
+
+
+def is_first() -> bool:
+    """Whether this process is the only one of its run, or the one that writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _lock(path: Path) -> FolderLock:
     try:
         return FolderLock(path)
     except Locked as error:
-        raise rundir.RunDirError(str(error)) from None
+        raise RunDirError(str(error)) from None
     except OSError as error:
-        raise rundir.RunDirError(f"output_dir {path} cannot be locked: {error.strerror}") from None
+        raise RunDirError(f"--output-dir {path} cannot be locked: {error.strerror}") from None
 
 
 def run_of(source: Path) -> Path:
@@ -73,6 +105,6 @@ def run_of(source: Path) -> Path:
         return source
     if source.is_dir() and source.parent.name == rundir.CHECKPOINTS:
         return source.parent.parent
-    raise rundir.RunDirError(
-        f"resume must be auto, never, a run with checkpoints, or one of its checkpoints, got {str(source)!r}"
+    raise RunDirError(
+        f"--resume must be auto, never, a run with checkpoints, or one of its checkpoints, got {str(source)!r}"
     )

@@ -21,13 +21,17 @@ from typing import Any
 
 
 def load_function(spec: str) -> Callable[..., Any]:
+class NotFound(Exception):
+    """There is no such function; the text says what there is."""
+
+
     """The function that `file.py:name` or `package.module:name` names; `name` may be left out if it is `reward`."""
     place, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "reward")
     if place.endswith(".py"):
         path = Path(place).resolve()
         module_spec = importlib.util.spec_from_file_location(path.stem, path)
         if module_spec is None or module_spec.loader is None or not path.is_file():
-            raise FileNotFoundError(f"no Python file {place}")
+            raise NotFound(f"no Python file {place!r}")
         sys.path.insert(0, str(path.parent))
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[path.stem] = module
@@ -37,7 +41,10 @@ def load_function(spec: str) -> Callable[..., Any]:
         module = importlib.import_module(place)
     function = getattr(module, name, None)
     if not callable(function):
-        raise AttributeError(f"{place} has no function {name!r}")
+        own = (
+            n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")
+        )
+        raise NotFound(f"{place} has no function {name!r}; it has {', '.join(own) or 'none'}")
     return function
 
 
@@ -98,3 +105,5 @@ def _describe(error: BaseException) -> str:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    if isinstance(error, NotFound):
+        return str(error)

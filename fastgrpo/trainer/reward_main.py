@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import tyro
-
 from fastgrpo.trainer.foreign_text import presentable
+from fastgrpo.trainer.inputs import need_file, need_reward_file
 from fastgrpo.trainer.jsonl import DataError
 from fastgrpo.trainer.records import (
     ANSWER,
@@ -21,7 +20,9 @@ from fastgrpo.trainer.records import (
     text_of,
 )
 from fastgrpo.trainer.reward_process import ProcessReward, RewardFault
+from fastgrpo.trainer.settings import SettingsError, fail, parse_options
 
+USAGE = "usage: fastgrpo reward test --reward FILE.py:FUNCTION --data FILE [--timeout SECONDS]"
 SHOWN = 5
 
 
@@ -35,6 +36,11 @@ class RewardTestOptions:
     """Sample prompts with completions: .jsonl, .json, .csv or .parquet; every column is passed to the function."""
     timeout: float = 60.0
     """Seconds that it may take for the sample."""
+
+    def __post_init__(self) -> None:
+        """Reject what cannot be meant, naming the option."""
+        if not self.timeout > 0:
+            raise ValueError(f"--timeout must be above 0, got {self.timeout!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +64,28 @@ class Sample:
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 0 if the function kept the contract, 1 if not, 2 for options that cannot be meant."""
     rest = list(arguments)
-    if not rest or rest[0] not in ("test", "-h", "--help"):
-        print("usage: fastgrpo reward test --reward FILE.py:FUNCTION --data FILE", file=sys.stderr)
-        return 2
-    if rest[0] == "test":
-        rest.pop(0)
-    options = tyro.cli(
-        RewardTestOptions, args=rest, prog="fastgrpo reward test", description=__doc__
-    )
+    if not rest or rest[0] != "test":
+        asked = bool(rest) and rest[0] in ("-h", "--help")
+        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     try:
+        options = parse_options(RewardTestOptions, rest[1:], "fastgrpo reward test", __doc__ or "")
+        need_file("--data", options.data)
+        need_reward_file(options.reward)
         sample = read_sample(options.data)
-    except DataError as error:
-        print(f"error: {presentable(str(error))}", file=sys.stderr)
-        return 2
+    except (SettingsError, DataError) as error:
+        return fail(error)
     reward = ProcessReward(options.reward, options.timeout)
+    try:
+        begun = time.perf_counter()
+        reward.start()
+        print(f"loaded {reward.name} in {time.perf_counter() - begun:.2f} s")
+    except RewardFault as fault:
+        return fail(ValueError(f"--reward: {fault}"))
     try:
         return examine(reward, sample)
     except RewardFault as fault:
-        print(f"FAULT  {fault}")
+        print(f"FAULT  {presentable(str(fault))}")
         return 1
     finally:
         reward.stop()
@@ -100,9 +110,6 @@ def read_sample(path: str) -> Sample:
 
 def examine(reward: ProcessReward, sample: Sample) -> int:
     """Calls the function and says what is noteworthy."""
-    begun = time.perf_counter()
-    reward.start()
-    print(f"loaded {reward.name} in {time.perf_counter() - begun:.2f} s")
     begun = time.perf_counter()
     values = sample.call(reward, sample.completions)
     seconds = time.perf_counter() - begun

@@ -69,7 +69,9 @@ class ProcessReward:
         os.close(write_answer)
         os.set_blocking(self._to, False)
         self._receive(
-            time.monotonic() + START_TIMEOUT_S, f"did not load within {START_TIMEOUT_S:g} s"
+            time.monotonic() + START_TIMEOUT_S,
+            f"did not load within {START_TIMEOUT_S:g} s",
+            "cannot be loaded",
         )
 
     def stop(self) -> None:
@@ -100,8 +102,8 @@ class ProcessReward:
             except BrokenPipeError:
                 raise self._fault(self._ended()) from None
 
-    def _receive(self, deadline: float, too_late: str) -> dict[str, Any]:
-        """One answer of the child."""
+    def _receive(self, deadline: float, too_late: str, failed: str = "failed") -> dict[str, Any]:
+        """One answer of the child; the texts say what it means if there is none, or a bad one."""
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._from], [], [], left)[0]:
@@ -115,7 +117,7 @@ class ProcessReward:
         line, _, self._buffer = self._buffer.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise RewardFault(f"reward {self.name} failed: {answer['error']}")
+            raise RewardFault(f"reward {self.name} {failed}: {answer['error']}")
         return answer
 
     def _ended(self) -> str:

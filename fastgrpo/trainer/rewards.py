@@ -58,7 +58,7 @@ class Rewards:
         """Check that there is a weight for each."""
         if self.weights is not None and len(self.weights) != len(self.functions):
             raise ValueError(
-                f"reward_weights must hold one number per reward ({len(self.functions)}), got {len(self.weights)}"
+                f"--reward-weights must hold one number per reward ({len(self.functions)}), got {len(self.weights)}"
             )
 
     def score(
@@ -133,7 +133,7 @@ def make_rewards(config: TrainConfig, own: Mapping[str, Reward]) -> Rewards:
     for spec in config.reward.split(","):
         name, function = find_reward(spec.strip(), config, own)
         if name in functions:
-            raise ValueError(f"reward names {name!r} twice")
+            raise ValueError(f"--reward names {name!r} twice")
         functions[name] = function
     return Rewards(functions, config.on_reward_fault, reward_weights(config))
 
@@ -151,10 +151,14 @@ def find_reward(spec: str, config: TrainConfig, own: Mapping[str, Reward]) -> tu
         return spec, ProcessReward(f"{LIBRARY}:math_verify", config.reward_timeout)
     if ":" not in spec and not spec.endswith(".py"):
         known = ", ".join([*own, "think_format", "soft_overlong", "math_verify"])
-        raise ValueError(f"reward must be one of {known}, or file.py:function, got {spec!r}")
+        raise ValueError(f"--reward must be one of {known}, or file.py:function, got {spec!r}")
     reward = ProcessReward(spec, config.reward_timeout)
     try:
         reward.start()
     except RewardFault as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(f"--reward: {error}") from None
     return reward.name, reward
+        if not own:
+            raise ValueError(
+                f"--reward must name a function: {config.data} has no column of answers"
+            )

@@ -1,4 +1,4 @@
-"""A whole job: make or load the base, measure it, train it, measure again, and leave the files of the run."""
+"""A whole run: its parts, its folder, its phases, and the files that it leaves."""
 
 import contextlib
 import os
@@ -8,44 +8,29 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TypeVar
 
 from fastgrpo.trainer import closing, distributed, report, rundir
-from fastgrpo.trainer import sft as sft_module
-from fastgrpo.trainer.basecache import cache_folder, cache_key, load_base, store_base
-from fastgrpo.trainer.check_resume import check_resume
-from fastgrpo.trainer.checkpoint.contents import Unusable
-from fastgrpo.trainer.checkpoint.store import Store
-from fastgrpo.trainer.checkpointer import Checkpointer
+from fastgrpo.trainer.checkpoint.weights import Unusable
 from fastgrpo.trainer.config import TrainConfig
-from fastgrpo.trainer.diagnostics import Diagnostics
-from fastgrpo.trainer.display import Display, SilentDisplay, make_display
+from fastgrpo.trainer.display import SilentDisplay, make_display
 from fastgrpo.trainer.distributed import Ranks
-from fastgrpo.trainer.evaluate import Evaluation, evaluate
-from fastgrpo.trainer.interrupt import Interrupt, Interrupted
-from fastgrpo.trainer.opening import Opened
-from fastgrpo.trainer.passes import TrainingStopped
+from fastgrpo.trainer.interrupt import Interrupt
+from fastgrpo.trainer.opening import Opened, open_run
+from fastgrpo.trainer.phases import Phases
 from fastgrpo.trainer.recorder import Recorder
 from fastgrpo.trainer.result import Result
-from fastgrpo.trainer.reward_process import RewardFault
 from fastgrpo.trainer.settings import SettingsError, fail
 from fastgrpo.trainer.setup import Run, make_run
-from fastgrpo.trainer.state import State
-from fastgrpo.trainer.tasks.base import Problem
-from fastgrpo.trainer.train import grpo
 
-CURVE_QUESTIONS, CURVE_SAMPLES = 64, 4
-"""Size of the small evaluations during training."""
-SFT_LOGGING_STEPS = 10
+Made = TypeVar("Made")
 
 
-def run_job(config: TrainConfig, opened: Opened, started: float) -> int:
-    """Runs the job and writes its files into the folder; returns the exit code."""
+def run_job(config: TrainConfig, started: float) -> int:
+    """Runs the job and writes its files into its folder; returns the exit code."""
     ranks = distributed.start(config.parallel, config.dead_rank_seconds)
     try:
-        with opened.lock or contextlib.nullcontext():
-            code = _run(config, ranks, opened, started)
+        code = _prepare(config, ranks, started)
         ranks.stop()
     except BaseException as error:
         if ranks.heartbeat is not None:
@@ -55,25 +40,43 @@ def run_job(config: TrainConfig, opened: Opened, started: float) -> int:
     return code
 
 
-def _run(config: TrainConfig, ranks: Ranks, opened: Opened, started: float) -> int:
-    out = opened.folder
+def _prepare(config: TrainConfig, ranks: Ranks, started: float) -> int:
+    """Claims the folder only when all that the options name has been found good: a slip leaves nothing behind."""
+    run = _on_every_rank(ranks, lambda: make_run(config, ranks))
+    opened = None if run is None else _on_every_rank(ranks, lambda: open_run(config))
+    if run is None or opened is None:
+        return 2
+    with opened.lock or contextlib.nullcontext():
+        return _run(run, opened, started)
+
+
+def _on_every_rank(ranks: Ranks, make: Callable[[], Made]) -> Made | None:
+    """What `make` makes; None if it failed on any rank, the first of which says why."""
+    made, problem = None, None
     try:
-        run = make_run(config, ranks)
+        made = make()
     except ValueError as error:
-        if ranks.is_main and not opened.resume:
-            rundir.release(out)
-        return fail(error)
+        problem = error
+    told = ranks.share({"failed": problem is not None})
+    failed = [rank for rank, said in enumerate(told) if said["failed"]]
+    if problem is not None and ranks.rank == failed[0]:
+        fail(problem)
+    return None if failed else made
+
+
+def _run(run: Run, opened: Opened, started: float) -> int:
+    out, ranks, config = opened.folder, run.ranks, run.config
     result = Result(asdict(config))
     result.seconds["load"] = time.time() - started
     display = make_display() if ranks.is_main else SilentDisplay()
+    display.note(f"everything goes to {out}/")
     metrics = out / rundir.METRICS if ranks.is_main else Path(os.devnull)
     with (
         Recorder(metrics, resume=opened.resume and ranks.is_main) as recorder,
         Interrupt(ranks) as interrupt,
     ):
-        job = Job(run, out, result, recorder, display, interrupt)
         try:
-            code = job.go(opened)
+            code = Phases(run, out, result, recorder, display, interrupt).go(opened)
         except (Unusable, SettingsError) as error:
             return fail(error)
         finally:
@@ -95,219 +98,6 @@ def finish(run: Run, out: Path, result: Result, started: float) -> None:
     result.wall_s, result.cpu_s = time.time() - started, time.process_time()
     rundir.write_json(out / rundir.SUMMARY, result.summary())
     print(closing.text(result, out), flush=True)
-
-
-class Job:
-    """The phases of a run, with what they report to."""
-
-    def __init__(
-        self,
-        run: Run,
-        out: Path,
-        result: Result,
-        recorder: Recorder,
-        display: Display,
-        interrupt: Interrupt,
-    ) -> None:
-        self.run = run
-        self.out = out
-        self.result = result
-        self.recorder = recorder
-        self.display = display
-        self.interrupt = interrupt
-        self.phase = "start"
-        self.keeper: Checkpointer | None = None
-        self.complained: set[str] = set()  # what has been said about rewards
-
-    @property
-    def steps_done(self) -> int:
-        """GRPO steps, those before an interruption included."""
-        return 0 if self.keeper is None else self.keeper.state.step
-
-    def go(self, opened: Opened) -> int:
-        """All phases, from the beginning or from a checkpoint; returns the exit code."""
-        try:
-            if not (opened.resume and has_checkpoints(opened)):
-                self.make_base()
-            if self.run.config.check_resume:
-                return check_resume(self.run, self.display.note)
-            self.keeper = Checkpointer(State(self.run), opened, self.display.note)
-            self.take_up(self.keeper.resume())
-            if self.result.base is None:
-                self.result.base = self.measure("base")
-            self.safe_point()
-            self.train()
-            self.result.final = self.measure("final")
-            self.safe_point()
-        except Interrupted:
-            saved = self.save()
-            self.result.stopped = (
-                f"Stopped by the user in phase {self.phase!r}, after {self.steps_done} GRPO steps. "
-                + (f"To go on: fastgrpo train --resume {self.out}" if saved else "")
-            )
-            return self.interrupt.exit_code
-        except (TrainingStopped, RewardFault) as error:
-            self.result.stopped = str(error)
-            return 1
-        return 0
-
-    def take_up(self, progress: dict[str, Any] | None) -> None:
-        """What a checkpoint knew of the run beyond its state; None: the run begins."""
-        if self.run.config.resume != "never" and self.run.ranks.is_main:
-            self.recorder.rewind(0 if progress is None else progress["metrics_bytes"])
-        if progress is None:
-            return
-        self.result.seconds |= progress["seconds"]
-        self.result.notes = progress["notes"]
-        if progress["base"] is not None:
-            self.result.base = Evaluation.of(progress["base"])
-
-    def save(self) -> Path | None:
-        """A checkpoint of the present state; None if there is none yet, or it could not be written."""
-        if self.keeper is None:
-            return None
-        base = self.result.base
-        return self.keeper.save(
-            {
-                "metrics_bytes": self.recorder.sync() if self.run.ranks.is_main else 0,
-                "seconds": dict(self.result.seconds),
-                "notes": list(self.result.notes),
-                "base": None if base is None else asdict(base),
-            }
-        )
-
-    def safe_point(self) -> None:
-        """Obeys signals: the state can be saved here."""
-        if self.interrupt.agree():
-            path = self.save()
-            if path is not None:
-                self.display.note(f"saved {path}")
-        self.interrupt.check()
-
-    def begin(self, phase: str, total: int) -> None:
-        """A phase of `total` steps."""
-        self.phase = phase
-        self.display.phase(phase, total)
-
-    def spend(self, name: str, seconds: float) -> None:
-        """Books time under a name of the report's table."""
-        self.result.seconds[name] = self.result.seconds.get(name, 0.0) + seconds
-
-    def make_base(self) -> None:
-        """Fine-tunes the random weights on demonstrations, or loads what an earlier run has made of them."""
-        if self.run.ranks.is_main:
-            self._make_base()
-        self.run.ranks.broadcast(self.run.policy.model)
-
-    def _make_base(self) -> None:
-        run, config = self.run, self.run.config
-        if config.model_name_or_path is not None or config.sft_steps == 0:
-            return
-        folder = cache_folder(self.out) if config.cache_base else None
-        key = cache_key(config, sources(run))
-        if folder is not None and load_base(run.policy.model, folder, key):
-            self.display.note(
-                f"base model: reused from {folder / key} (--no-cache-base makes it anew)"
-            )
-            return
-        begun = time.perf_counter()
-        self.begin("make base", config.sft_steps)
-        for step, loss in enumerate(
-            sft_module.sft(run.policy.model, run.task, run.tokenizer, config), 1
-        ):
-            self.display.advance(step, f"loss {loss:.3f}")
-            if step % SFT_LOGGING_STEPS == 0 or step == config.sft_steps:
-                self.recorder.write("sft", step, {"loss": loss})
-            if run.ranks.world_size == 1:
-                self.interrupt.check()
-        self.spend("make base (SFT)", time.perf_counter() - begun)
-        if folder is not None:
-            store_base(run.policy.model, folder, key)
-
-    def measure(self, name: str) -> Evaluation | None:
-        """The full evaluation on the test questions, by the first process."""
-        config = self.run.config
-        if config.eval_questions == 0 or not self.run.ranks.is_main:
-            return None
-        problems = self.run.held_out("test", config.eval_questions)
-        self.begin(f"test {name}", len(problems))
-        evaluation = self._evaluate(problems, config.eval_samples, self.display.advance)
-        scores = "  ".join(f"{k} {v:.3f}" for k, v in evaluation.scores.items())
-        self.display.note(f"{name} model on {len(evaluation.answered)} test questions: {scores}")
-        return evaluation
-
-    def _evaluate(
-        self, problems: list[Problem], samples: int, show: Callable[[int], None] = lambda done: None
-    ) -> Evaluation:
-        def on_progress(done: int, _: int) -> None:
-            show(done)
-            if self.run.ranks.world_size == 1:
-                self.interrupt.check()
-
-        begun = time.perf_counter()
-        run, config = self.run, self.run.config
-        evaluation = evaluate(
-            run.sampler(config.seed + 1),
-            run.task,
-            run.tokenizer,
-            problems,
-            samples=samples,
-            max_new_tokens=config.max_completion_length,
-            temperature=config.eval_temperature,
-            on_progress=on_progress,
-        )
-        self.spend("evaluate", time.perf_counter() - begun)
-        return evaluation
-
-    def train(self) -> None:
-        """GRPO, with a small evaluation and a checkpoint now and then."""
-        config, diagnostics = self.run.config, Diagnostics(self.run.config)
-        assert self.keeper is not None
-        state = self.keeper.state
-        self.curve_point(state.step)
-        self.begin("grpo", config.max_steps)
-        for step in grpo(self.run, state, self.safe_point):
-            done = state.step
-            for name in ("generate", "score", "reference", "train"):
-                self.spend(name, step.numbers.get(f"time/{name}", 0.0))
-            if done % config.logging_steps == 0 or done == config.max_steps:
-                self.recorder.write("grpo", done, step.numbers)
-            self.display.advance(done, numbers=step.numbers)
-            complaints = [m for m in self.run.rewards.messages if m not in self.complained]
-            self.complained.update(complaints)
-            for advice in [*diagnostics.advice(step.numbers), *complaints]:
-                self.result.notes.append(f"Step {done}: {advice}")
-                self.display.note(f"  note: {advice}")
-            self.safe_point()
-            self.curve_point(done)
-            if config.save_steps and (done % config.save_steps == 0 or done == config.max_steps):
-                self.save()
-        self.spend("checkpoints", self.keeper.seconds)
-
-    def curve_point(self, step: int) -> None:
-        """A small evaluation on validation questions, unless it is not due or was made before an interruption."""
-        every = self.run.config.eval_steps
-        made = self.recorder.is_evaluated(step)
-        if every and step % every == 0 and not made and self.run.ranks.is_main:
-            problems = self.run.held_out("validation", CURVE_QUESTIONS)
-            evaluation = self._evaluate(problems, CURVE_SAMPLES)
-            self.recorder.write(
-                "eval", step, evaluation.scores | {"mean_length": evaluation.mean_length}
-            )
-
-
-def has_checkpoints(opened: Opened) -> bool:
-    """Whether the run can go on from something, so that no base has to be made."""
-    return opened.source is not None or bool(Store(opened.folder / rundir.CHECKPOINTS, 0).names())
-
-
-def sources(run: Run) -> list[ModuleType]:
-    """The modules that decide what SFT makes."""
-    import sys
-
-    from fastgrpo.trainer import algorithm, batch, policy
-
-    return [sys.modules[type(run.task).__module__], sft_module, algorithm, batch, policy]
 
 
 def save_model(run: Run, out: Path) -> None:

@@ -1,6 +1,5 @@
 """The folder of a run: claimed without overwriting another run, and filled so that every file is whole or absent."""
 
-import contextlib
 import json
 import math
 import os
@@ -25,35 +24,46 @@ class RunDirError(ValueError):
     """The output folder cannot be used; its text is for the user."""
 
 
-def claim(output_dir: str | None, name: str, config_yaml: str, overwrite: bool) -> Path:
+def check(path: Path, overwrite: bool) -> None:
+    """Refuses a folder that cannot hold a new run. Writes nothing."""
+    if path.exists() and not path.is_dir():
+        raise RunDirError(f"--output-dir {path} is a file")
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise RunDirError(f"--output-dir {path} cannot be written: no permission in {there}")
+    held = _held(path)
+    if held and not overwrite:
+        raise RunDirError(
+            f"--output-dir {path} holds another run ({', '.join(held)}): "
+            "choose another, or pass --resume auto to go on with it, or --overwrite to replace it"
+        )
+
+
+def claim(output_dir: Path | None, name: str, config_yaml: str, overwrite: bool) -> Path:
     """Makes the folder of a run and writes its config, the file by which it counts as taken.
 
     Without `output_dir` it is runs/<name>, or the first free of runs/<name>-2, -3, ...; `runs/latest` points to it.
     """
     if output_dir is None:
         return _claim_next(Path("runs"), name, config_yaml)
-    path = Path(output_dir)
-    if path.exists() and not path.is_dir():
-        raise RunDirError(f"output_dir {path} is a file")
-    held = [file for file in OWN_FILES if (path / file).exists()]
-    if held and not overwrite:
-        raise RunDirError(
-            f"output_dir {path} holds another run ({', '.join(held)}): "
-            "choose another, or pass --resume auto to go on with it, or --overwrite to replace it"
-        )
-    for file in held:
-        target = path / file
+    check(output_dir, overwrite)
+    for file in _held(output_dir):
+        target = output_dir / file
         shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink()
-    if not _take(path, config_yaml):
-        raise RunDirError(f"output_dir {path} was taken by another run just now")
-    return path
+    if not _take(output_dir, config_yaml):
+        raise RunDirError(f"--output-dir {output_dir} was taken by another run just now")
+    return output_dir
+
+
+def _held(path: Path) -> list[str]:
+    return [file for file in OWN_FILES if (path / file).exists()]
 
 
 def _claim_next(root: Path, name: str, config_yaml: str) -> Path:
     number = 1
     while True:
         path = root / (name if number == 1 else f"{name}-{number}")
-        if not any((path / file).exists() for file in OWN_FILES) and _take(path, config_yaml):
+        if not _held(path) and _take(path, config_yaml):
             break
         number += 1
     link = root / "latest"
@@ -73,21 +83,15 @@ def _take(path: Path, config_yaml: str) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise RunDirError(f"output_dir {path} cannot be written: {error.strerror}") from None
+        raise RunDirError(f"{path} cannot be written: {error.strerror}") from None
     return True
-
-
-def release(path: Path) -> None:
-    """Gives back a folder that nothing but the config was written to."""
-    for name in (CONFIG, LOCK):
-        (path / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        path.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file in one piece: readers see the old one or the new one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, delete=False, encoding="utf-8", errors="backslashreplace"
+    ) as file:
         file.write(text)
     Path(file.name).chmod(0o600)
     Path(file.name).replace(path)

@@ -1,17 +1,34 @@
 """From a command line and perhaps a YAML file to a `TrainConfig`. Nothing here imports torch."""
 
+import io
+import re
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 import yaml
 
-from fastgrpo.trainer.config import TrainConfig
+from fastgrpo.trainer.config import TrainConfig, option
+from fastgrpo.trainer.foreign_text import presentable
 from fastgrpo.trainer.jobs import JOBS, default_config
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
+PLAINER = {
+    r"Error parsing [A-Z]\w*: ": "",  # the class behind the options
+    r"Error parsing (--\S+): invalid literal for int.*: (.*)": r"\1 must be a whole number, got \2",
+    r"Error parsing (--\S+): could not convert string to float: (.*)": r"\1 must be a number, got \2",
+    r"[Ii]nvalid choice (.*) for argument '(.*)'. Expected one of \((.*)\)\.": r"\2 must be one of \3, got \1",
+    r"Missing value for argument '(.*)'\. .*": r"\1 needs a value",
+}
+"""tyro's complaints in our words."""
 
 
 class SettingsError(ValueError):
@@ -31,33 +48,53 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     job = job or "story"
     if job not in JOBS:
         raise SettingsError(f"no job {job!r}.{_guess(job, JOBS)} Jobs: {', '.join(JOBS)}")
-    return parse_flags(rest, default_config(job), f"fastgrpo train {job}", JOBS[job].about)
+    others = ", ".join(name for name in JOBS if name != job)
+    about = (
+        f"{JOBS[job].about}\n\nDefaults differ by job; those below are {job}'s. Other jobs: {others} "
+        "(fastgrpo train JOB --help). --config FILE reads options from YAML; flags beat the file."
+    )
+    return parse_options(TrainConfig, rest, f"fastgrpo train {job}", about, default_config(job))
 
 
-def parse_flags(flags: Sequence[str], default: TrainConfig, prog: str, about: str) -> TrainConfig:
-    """Options from flags over defaults; prints help or the error and leaves the process as argparse does."""
+def parse_options(
+    kind: type[Options], flags: Sequence[str], prog: str, about: str, default: Options | None = None
+) -> Options:
+    """Options from flags over defaults; `--help` prints and ends the process.
+
+    Raises:
+        SettingsError: In one line, naming the option.
+    """
+    complaint = io.StringIO()
     try:
-        return tyro.cli(
-            TrainConfig,
-            default=default,
-            args=list(flags),
-            prog=prog,
-            description=f"{about}\n\n--config FILE reads options from YAML.",
-        )
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
+        with redirect_stderr(complaint):
+            if default is None:
+                return tyro.cli(kind, args=list(flags), prog=prog, description=about)
+            return tyro.cli(kind, args=list(flags), prog=prog, description=about, default=default)
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+    known = [option(field.name) for field in fields(kind)]
+    raise SettingsError(f"{_one_line(complaint.getvalue(), known)} ({prog} --help)")
+
+
+def _one_line(complaint: str, known: Sequence[str]) -> str:
+    """The point of what tyro says: title, rule, the point, rule, advice (the first rule may be the edge of a frame)."""
+    lines = [line.strip("│ ") for line in complaint.splitlines() if line[:1] not in "╰"]
+    text = " ".join("\n" if not line.strip("─-") or line[0] == "╭" else line for line in lines)
+    unknown = re.search(r"Unrecognized options:\s+([^ ,]+)", text)
+    if unknown:
+        return f"no option {unknown[1]!r}.{_guess(unknown[1], known)}"
+    point = next((part.strip() for part in text.split("\n")[1:] if part.strip()), text)
+    if point.startswith("Missing from"):
+        return f"needs {' and '.join(word for word in point.split() if word in known)}"
+    for pattern, plainer in PLAINER.items():
+        point = re.sub(pattern, plainer, point)
+    return point
 
 
 def read_yaml(path: str) -> dict[str, Any]:
     """The mapping in a YAML file whose keys are options of `TrainConfig`."""
-    try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"config file {path}: {error}") from None
-    if not isinstance(options, dict):
-        raise SettingsError(
-            f"config file {path}: expected `option: value` lines, got {type(options).__name__}"
-        )
+    options = load_yaml(path)
     known = [field.name for field in fields(TrainConfig)]
     for key, value in options.items():
         if key not in known:
@@ -67,9 +104,22 @@ def read_yaml(path: str) -> dict[str, Any]:
     return options
 
 
-def to_yaml(config: TrainConfig) -> str:
+def load_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"config file {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(
+            f"config file {path}: expected `option: value` lines, got {type(content).__name__}"
+        )
+    return content
+
+
+def to_yaml(options: "DataclassInstance") -> str:
     """A file that `--config` reads back to the same options."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
+    return yaml.safe_dump(asdict(options), sort_keys=False)
 
 
 def describe(config: TrainConfig) -> str:
@@ -133,5 +183,5 @@ def _guess(word: str, known: Iterable[str]) -> str:
 
 def fail(error: Exception) -> int:
     """Says what is wrong with the options; the exit code of a usage error."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {presentable(str(error))}", file=sys.stderr)
     return 2

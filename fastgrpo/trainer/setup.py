@@ -4,11 +4,11 @@ import ctypes
 import platform
 import random
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,8 +17,11 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from fastgrpo.functional.devices import pick_device
+from fastgrpo.trainer.algorithm import make_objective
 from fastgrpo.trainer.config import TrainConfig
 from fastgrpo.trainer.distributed import Ranks
+from fastgrpo.trainer.inputs import check_inputs, model_folder
 from fastgrpo.trainer.jobs import make_task
 from fastgrpo.trainer.policy import Policy
 from fastgrpo.trainer.rewards import Rewards, make_rewards
@@ -27,6 +30,8 @@ from fastgrpo.trainer.sampler import make_sampler
 from fastgrpo.trainer.tasks.base import Problem, Task
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""How folders are read: a folder can neither bring code of its own nor send us to a hub."""
 
 
 @dataclass(slots=True)
@@ -57,12 +62,19 @@ class Run:
         )
 
     def held_out(self, split: str, n: int) -> list[Problem]:
-        """Questions of a split that depend on the seed alone."""
-        return self.task.sample(split, random.Random(f"{split} {self.config.seed}"), n)
+        """Questions of a split, by the seed alone; fewer if there are not as many, none if none has an answer."""
+        found = self.task.sample(split, random.Random(f"{split} {self.config.seed}"), n)
+        return [problem for problem in found if problem.answer]
 
 
 def make_run(config: TrainConfig, ranks: Ranks | None = None) -> Run:
-    """Task, tokenizer, model and sampler; the model has random weights unless the options name one."""
+    """Task, tokenizer, model and sampler; the model has random weights unless the options name one.
+
+    Raises:
+        ValueError: Something that the options name is not there or cannot be used.
+    """
+    check_inputs(config)
+    make_objective(config)
     disable_progress_bar()  # the run has its own
     torch.set_num_threads(config.threads)
     keep_freed_memory()
@@ -74,30 +86,31 @@ def make_run(config: TrainConfig, ranks: Ranks | None = None) -> Run:
         tokenizer: PreTrainedTokenizerBase = task.tokenizer()
         model: Any = LlamaForCausalLM(task.model.llama_config(task.tokenizer()))
     else:
-        folder = existing_folder(config.model_name_or_path)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer, model = load_pretrained(config.model_name_or_path)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
     policy = Policy(model.to(device), config.temperature).eval()  # no dropout: the sampler has none
     return Run(config, task, tokenizer, policy, device, ranks or Ranks())
 
 
-def existing_folder(name: str) -> str:
-    """A local folder; nothing is ever fetched from a hub."""
-    if not (Path(name) / "config.json").is_file():
-        raise ValueError(f"model_name_or_path must be a folder with a config.json, got {name!r}")
-    return name
+def load_pretrained(path: str) -> tuple[PreTrainedTokenizerBase, Any]:
+    """Tokenizer and model, in float32, of a folder or of the run that it lies in. Nothing is unpickled.
 
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    Raises:
+        ValueError: The folder has no such thing, or what it has cannot be read.
+    """
+    folder = model_folder("--model-name-or-path", path)
     try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, **LOCAL
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"the model in {folder} cannot be read: {why}") from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer in {folder} must have an end token (eos_token)")
+    return tokenizer, model
 
 
 def keep_freed_memory() -> None:

@@ -1,15 +1,16 @@
 """`fastgrpo sft`: supervised fine-tuning of a model of the user's on prompts with completions."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-import tyro
-import yaml
-
-from fastgrpo.trainer.rundir import RunDirError, claim
-from fastgrpo.trainer.settings import SettingsError, fail
+from fastgrpo.trainer.config import option
+from fastgrpo.trainer.inputs import model_folder, need_file
+from fastgrpo.trainer.rundir import RunDirError, check
+from fastgrpo.trainer.settings import SettingsError, fail, parse_options
 
 STARTED = time.time()
 
@@ -58,26 +59,35 @@ class SFTOptions:
     def __post_init__(self) -> None:
         """Reject numbers that cannot be meant, naming the option."""
         for name in ("threads", "per_device_train_batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("learning_rate", "num_train_epochs", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+            self._require(name, getattr(self, name) > 0, "must be above 0")
+        for name in ("warmup_steps", "weight_decay"):
+            self._require(name, getattr(self, name) >= 0, "must be at least 0")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{option(name)} {rule}, got {getattr(self, name)!r}")
+
+    @property
+    def folder(self) -> Path | None:
+        """Where everything goes, if the options say so."""
+        return None if self.output_dir is None else Path(self.output_dir)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 0, 2 for options that cannot be meant, 130 after Ctrl-C."""
-    options = tyro.cli(SFTOptions, args=list(arguments), prog="fastgrpo sft", description=__doc__)
     try:
-        out = claim(
-            options.output_dir,
-            "sft",
-            yaml.safe_dump(vars(options), sort_keys=False),
-            options.overwrite,
-        )
+        options = parse_options(SFTOptions, arguments, "fastgrpo sft", __doc__ or "")
+        for name in ("data", "test_data"):
+            need_file(option(name), getattr(options, name))
+        model_folder("--model-name-or-path", options.model_name_or_path)
+        if options.folder is not None:
+            check(options.folder, options.overwrite)
     except (SettingsError, RunDirError) as error:
         return fail(error)
-    print(f"everything goes to {out}/; loading torch and transformers ...", flush=True)
+    print("loading torch and transformers ...", flush=True)
+    os.umask(0o077)  # a run holds examples of its owner
     from fastgrpo.trainer.sft_run import run_sft
 
-    return run_sft(options, out, STARTED)
+    return run_sft(options, STARTED)

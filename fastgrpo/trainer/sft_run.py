@@ -6,14 +6,13 @@ import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from fastgrpo.functional.devices import pick_device
 from fastgrpo.trainer import rundir
 from fastgrpo.trainer.algorithm import learning_rate_factor
 from fastgrpo.trainer.batch import TokenBatch
@@ -23,8 +22,8 @@ from fastgrpo.trainer.packing import concatenate, pack
 from fastgrpo.trainer.policy import Policy
 from fastgrpo.trainer.recorder import Recorder
 from fastgrpo.trainer.records import COMPLETION, PROMPT, need_column, read_table, text_of
-from fastgrpo.trainer.settings import fail
-from fastgrpo.trainer.setup import existing_folder, keep_freed_memory, pick_device
+from fastgrpo.trainer.settings import fail, to_yaml
+from fastgrpo.trainer.setup import keep_freed_memory, load_pretrained
 from fastgrpo.trainer.sft_main import SFTOptions
 from fastgrpo.trainer.tasks import gsm8k
 from fastgrpo.trainer.tasks.base import Problem
@@ -34,7 +33,7 @@ from fastgrpo.trainer.text import encode_completions, prompt_ids
 Ids = list[list[int]]
 
 
-def run_sft(options: SFTOptions, out: Path, started: float) -> int:
+def run_sft(options: SFTOptions, started: float) -> int:
     """Trains, writes model, metrics and summary; returns the exit code."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -42,22 +41,19 @@ def run_sft(options: SFTOptions, out: Path, started: float) -> int:
     keep_freed_memory()
     try:
         device = pick_device(options.device)
-        folder = existing_folder(options.model_name_or_path)
         train, test = examples(options)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-        if tokenizer.eos_token_id is None:
-            raise ValueError("model_name_or_path must have a tokenizer with an end token")
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        model.to(device)
-        run = _Run(options, Policy(model), tokenizer, device)
+        tokenizer, model = load_pretrained(options.model_name_or_path)
+        run = _Run(options, Policy(model.to(device)), tokenizer, device)
         batches = run.batches(train)
+        # Only now, so that a slip leaves nothing behind.
+        out = rundir.claim(options.folder, "sft", to_yaml(options), options.overwrite)
     except ValueError as error:
-        rundir.release(out)
         return fail(error)
     display, code, losses = make_display(), 0, dict[str, float]()
     with Recorder(out / rundir.METRICS) as recorder, Interrupt() as interrupt:
         try:
             losses["before"] = run.test_loss(test)
+            display.note(f"everything goes to {out}/")
             display.note(
                 f"{len(train)} examples, {len(test)} for the test; loss before: {losses['before']:.4f}"
             )
@@ -139,7 +135,9 @@ class _Run:
         rng, batches = random.Random(self.options.seed), list[TokenBatch]()
         prompts, completions = self.encode(problems)
         if not prompts:
-            raise ValueError("data must hold an example of at most max_length tokens")
+            raise ValueError(
+                f"--data must hold an example of at most --max-length tokens ({self.options.max_length})"
+            )
         left = self.options.num_train_epochs
         while left > 1e-9:
             order = rng.sample(range(len(prompts)), len(prompts))

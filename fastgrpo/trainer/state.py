@@ -65,7 +65,7 @@ class State:
         count = config.sampling_streams or ranks.world_size
         if count < ranks.world_size:
             raise SettingsError(
-                f"sampling_streams must be at least the number of processes ({ranks.world_size}), got {count}"
+                f"--sampling-streams must be at least the number of processes ({ranks.world_size}), got {count}"
             )
         self.num_streams = count
         self.streams = {k: self._first_stream(k) for k in ranks.span(count)}

@@ -123,5 +123,5 @@ def test_the_job_needs_a_model(tmp_path):
     path.write_text('{"question": "q", "answer": "#### 1"}\n')
     config = replace(default_config("gsm8k"), data=str(path))
     assert make_task(config).splits
-    with pytest.raises(ValueError, match="model_name_or_path must name a model for the job gsm8k"):
+    with pytest.raises(ValueError, match="the job gsm8k needs --model-name-or-path"):
         make_run(config)

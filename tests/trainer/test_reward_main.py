@@ -50,7 +50,6 @@ def folder(tmp_path, monkeypatch):
         ("dice", 1, "NOTE  the same completions got other values the second time"),
         ("nan", 1, "NOTE  some values are NaN: return None"),
         ("slow", 1, "FAULT  reward slow took longer than 1 s"),
-        ("absent", 1, "FAULT  reward absent failed: AttributeError"),
     ],
 )
 def test_verdicts(name, code, words, capsys):
@@ -68,7 +67,7 @@ def test_verdicts(name, code, words, capsys):
         (["reward", "tset"], "usage: fastgrpo reward test"),
         (
             ["reward", "test", "--reward=mine.py:exact", "--data=none.jsonl"],
-            "none.jsonl: No such file",
+            "error: --data: no file 'none.jsonl'",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import stat
 
 import pytest
@@ -20,12 +21,12 @@ def test_default_folders_are_numbered_and_latest_follows(tmp_path, monkeypatch):
 
 
 def test_a_folder_with_a_run_is_refused_unless_it_may_be_replaced(tmp_path):
-    out = claim(str(tmp_path / "x"), "story", "a: 1\n", overwrite=False)
+    out = claim(tmp_path / "x", "story", "a: 1\n", overwrite=False)
     (out / "model").mkdir()
     (out / "mine.txt").write_text("kept")
     with pytest.raises(RunDirError, match=r"holds another run \(config.yaml, model\).*--overwrite"):
-        claim(str(out), "story", "a: 2\n", overwrite=False)
-    assert claim(str(out), "story", "a: 2\n", overwrite=True) == out
+        claim(out, "story", "a: 2\n", overwrite=False)
+    assert claim(out, "story", "a: 2\n", overwrite=True) == out
     assert (out / "config.yaml").read_text() == "a: 2\n"
     assert not (out / "model").exists()
     assert (out / "mine.txt").read_text() == "kept"
@@ -33,23 +34,25 @@ def test_a_folder_with_a_run_is_refused_unless_it_may_be_replaced(tmp_path):
 
 def test_a_folder_with_other_things_may_be_used(tmp_path):
     (tmp_path / "notes.txt").write_text("")
-    assert claim(str(tmp_path), "story", "", overwrite=False) == tmp_path
+    assert claim(tmp_path, "story", "", overwrite=False) == tmp_path
 
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "f").write_text("")
     with pytest.raises(RunDirError, match="is a file"):
-        claim(str(tmp_path / "f"), "story", "", overwrite=True)
+        claim(tmp_path / "f", "story", "", overwrite=True)
 
 
-def test_release_gives_back_only_an_empty_claim(tmp_path):
-    out = claim(str(tmp_path / "x"), "story", "", overwrite=False)
-    rundir.release(out)
-    assert not out.exists()
-    out = claim(str(tmp_path / "x"), "story", "", overwrite=False)
-    (out / "other").write_text("")
-    rundir.release(out)
-    assert [p.name for p in out.iterdir()] == ["other"]
+def test_a_check_writes_nothing(tmp_path):
+    rundir.check(tmp_path / "a" / "b", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunDirError, match="no permission"):
+        rundir.check(tmp_path / "a" / "b", overwrite=False)
 
 
 def test_json_is_strict_even_for_nan(tmp_path):

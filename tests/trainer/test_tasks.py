@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from fastgrpo.trainer.inputs import check_inputs
 from fastgrpo.trainer.jobs import FROM_FILES, JOBS, default_config, make_task
 from fastgrpo.trainer.jsonl import DataError
 from fastgrpo.trainer.rewards import ExactAnswer, Rewards
+from fastgrpo.trainer.settings import SettingsError
 from fastgrpo.trainer.tasks import copy_digits, gsm8k_equations
 from fastgrpo.trainer.tasks.story import LARGEST, Story, make_problem, parse_answer, split_of
 
@@ -235,10 +237,11 @@ def test_every_job_has_defaults_and_says_what_it_needs():
     for job in JOBS:
         config = default_config(job)
         if job in FROM_FILES:
-            with pytest.raises(ValueError, match="data must name a file for the job"):
-                make_task(config)
+            with pytest.raises(SettingsError, match=f"the job {job} needs --data FILE"):
+                check_inputs(config)
         else:
+            check_inputs(config)
             assert make_task(config).sample("test", random.Random(0), 1)
-    with pytest.raises(ValueError, match="data does not belong to the job story"):
-        make_task(replace(default_config("story"), data="x"))
+    with pytest.raises(SettingsError, match="--data does not belong to the job story"):
+        check_inputs(replace(default_config("story"), data="x"))
     assert isinstance(make_task(default_config("story")), Story)

@@ -16,7 +16,6 @@ from fastgrpo.trainer.checkpoint.contents import contents
 from fastgrpo.trainer.checkpoint.store import Checkpoint
 from fastgrpo.trainer.config import TrainConfig
 from fastgrpo.trainer.jobs import default_config, make_task
-from fastgrpo.trainer.opening import open_run
 from fastgrpo.trainer.policy import Policy
 from fastgrpo.trainer.run import run_job
 from fastgrpo.trainer.setup import Run
@@ -95,7 +94,7 @@ def wait(pid: int) -> int:
 
 def fork_job(config: TrainConfig, log: Path | None = None) -> int:
     """`fastgrpo train` with these options in a forked child."""
-    return fork(lambda: run_job(config, open_run(config), time.time()), log)
+    return fork(lambda: run_job(config, time.time()), log)
 
 
 def end_of(out: Path, steps: int) -> dict[str, str]:

@@ -74,7 +74,7 @@ def test_training_goes_on_and_says_so(tmp_path):
             finish(self, *arguments)
 
         patch.setattr(Store, "_finish", fails_once)
-        return run_job(replace(faulty, save_total_limit=0), open_run(faulty), time.time())
+        return run_job(replace(faulty, save_total_limit=0), time.time())
 
     assert wait(fork(job, log)) == 0, log.read_text()
     text = log.read_text()
@@ -131,7 +131,7 @@ def test_a_run_is_refused_unless_asked_to_go_on(tmp_path):
     assert wait(fork_job(config)) == 0
     with pytest.raises(RunDirError, match="--resume auto"):
         open_run(config)
-    with pytest.raises(RunDirError, match="resume must be"):
+    with pytest.raises(RunDirError, match="--resume must be"):
         open_run(replace(config, resume=str(tmp_path / "nothing")))
     with pytest.raises(RunDirError, match="--output-dir"):
         open_run(replace(config, output_dir=None, resume="auto"))

@@ -20,7 +20,6 @@ from fastgrpo.trainer.checkpoint import tree
 from fastgrpo.trainer.checkpoint.contents import contents, gathered, position, restore
 from fastgrpo.trainer.checkpoint.store import Store
 from fastgrpo.trainer.distributed import Ranks
-from fastgrpo.trainer.opening import open_run
 from fastgrpo.trainer.run import run_job
 from fastgrpo.trainer.state import State
 from fastgrpo.trainer.train import grpo
@@ -173,7 +172,7 @@ def test_a_rank_that_dies_ends_the_other_and_is_named(tmp_path, victim, number):
     )
 
     def action() -> int:
-        return run_job(config, open_run(config), time.time())
+        return run_job(config, time.time())
 
     pids = fork_ranks(action, 2, tmp_path / "log")
     place = tmp_path / "run" / "checkpoints"
@@ -200,7 +199,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path):
     config = replace(SMALL, max_steps=100_000, output_dir=str(tmp_path / "run"), save_steps=0)
 
     def action() -> int:
-        return run_job(config, open_run(config), time.time())
+        return run_job(config, time.time())
 
     pids = fork_ranks(action, 2, tmp_path / "log")
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -222,7 +221,7 @@ def test_ten_deaths_at_random_moments_and_every_end_is_the_same(tmp_path):
     def start(out: Path) -> list[int]:
         config = replace(job, output_dir=str(out))
         return fork_ranks(
-            lambda: run_job(config, open_run(config), time.time()), 2, tmp_path / "log"
+            lambda: run_job(config, time.time()), 2, tmp_path / "log"
         )
 
     begun = time.monotonic()

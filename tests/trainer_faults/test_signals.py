@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from fastgrpo.trainer import evaluate, passes, policy, run, sampler
+from fastgrpo.trainer import evaluate, passes, phases, policy, run, sampler
 from fastgrpo.trainer.checkpoint.store import Store
-from fastgrpo.trainer.opening import open_run
 from fastgrpo.trainer.rewards import Rewards
 from tests.trainer_faults.runs import SMALL, end_of, fork, fork_job, records, wait
 
@@ -22,7 +21,7 @@ PHASES = {  # where the signal comes, and on which call of it: in the middle of 
     "forward": (policy.Policy, "forward", 30),
     "backward": (passes, "_try", 5),
     "save": (Store, "_finish", 1),
-    "evaluate": (run, "evaluate", 3),
+    "evaluate": (phases, "evaluate", 3),
     "summarise": (evaluate, "summarise", 3),
 }
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -53,7 +52,7 @@ def test_a_signal_in_any_phase(alone, tmp_path, phase, number):
             return original(*arguments, **options)
 
         patch.setattr(owner, name, with_signal)
-        code = run.run_job(config, open_run(config), time.time())
+        code = run.run_job(config, time.time())
         assert len(calls) >= when, f"{phase} was called {len(calls)} times only"
         return code
 

@@ -40,7 +40,7 @@ class FolderLock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Locked(
-                f"output_dir {self.path.parent} is in use by another trainer ({describe(holder)})"
+                f"--output-dir {self.path.parent} is in use by another trainer ({describe(holder)})"
             ) from None
         if holder.strip():  # whoever ends in order empties the file
             note(f"{self.path.parent}: the last trainer was killed ({describe(holder)})")

@@ -93,7 +93,9 @@ class Custom(OutcomeOnly):
         )
 
     def rewards(self, eos_id: int) -> dict[str, Reward]:
-        """1 for the right answer, else 0, if the data has answers."""
+        """1 for the right answer, else 0; none if the data has no answers."""
+        if not any(problem.answer for problem in self.splits["train"]):
+            return {}
         return {"exact_answer": ExactAnswer(self.parse_answer, eos_id)}
 
     def parse_answer(self, completion: str) -> str | None:
