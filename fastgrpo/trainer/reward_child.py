@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 
-def load_function(spec: str) -> Callable[..., Any]:
 class NotFound(Exception):
     """There is no such function; the text says what there is."""
 
 
+def load_function(spec: str) -> Callable[..., Any]:
     """The function that `file.py:name` or `package.module:name` names; `name` may be left out if it is `reward`."""
     place, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "reward")
     if place.endswith(".py"):
@@ -98,6 +98,8 @@ def _end_with_parent(parent: int) -> None:
 
 def _describe(error: BaseException) -> str:
     """Kind, message and the user's line in which it arose."""
+    if isinstance(error, NotFound):
+        return str(error)
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"
@@ -105,5 +107,3 @@ def _describe(error: BaseException) -> str:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-    if isinstance(error, NotFound):
-        return str(error)

@@ -128,6 +128,10 @@ class Rewards:
 def make_rewards(config: TrainConfig, own: Mapping[str, Reward]) -> Rewards:
     """The functions that the options name, or the job's own ones."""
     if config.reward is None:
+        if not own:
+            raise ValueError(
+                f"--reward must name a function: {config.data} has no column of answers"
+            )
         return Rewards(own, config.on_reward_fault, reward_weights(config))
     functions: dict[str, Reward] = {}
     for spec in config.reward.split(","):
@@ -158,7 +162,3 @@ def find_reward(spec: str, config: TrainConfig, own: Mapping[str, Reward]) -> tu
     except RewardFault as error:
         raise ValueError(f"--reward: {error}") from None
     return reward.name, reward
-        if not own:
-            raise ValueError(
-                f"--reward must name a function: {config.data} has no column of answers"
-            )
