@@ -25,7 +25,12 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
 def encode_completions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Ids of completions, each closed by the end token."""
     eos_id: Any = tokenizer.eos_token_id
-    return [[*ids, eos_id] for ids in _encode(tokenizer, texts, special=False)]
+    return [[*ids, eos_id] for ids in encode_texts(tokenizer, texts)]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts as they stand in the middle of a completion."""
+    return _encode(tokenizer, texts, special=False)
 
 
 def _encode(
