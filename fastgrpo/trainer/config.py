@@ -79,8 +79,23 @@ class TrainConfig:
     """Longest completion in tokens; a longer one is cut and earns nothing from the built-in rewards."""
     temperature: float = 1.0
     """Temperature of sampling. Training uses log-probabilities at the same temperature."""
-    sampler: Literal["auto", "kv", "transformers"] = "auto"
-    """kv: our own with a KV cache (Llama models); transformers: `generate`; auto: kv wherever it can serve."""
+    sampler: Literal["auto", "kv", "transformers", "vllm"] = "auto"
+    """kv: our own with a KV cache (Llama models); transformers: `generate`; auto: kv wherever it can serve; vllm: servers
+    that are running already (docs/trainer.md says how to start them)."""
+    vllm_server_base_url: str | None = None
+    """Servers of --sampler vllm: http://HOST:PORT, several with commas between."""
+    vllm_server_timeout: float = 240.0
+    """Seconds without an answer after which a vLLM server counts as dead: when the run starts, and for the samples of
+    any one prompt."""
+    vllm_importance_sampling_correction: bool = False
+    """Weigh every token by the policy's probability over that of the sampler (any sampler, not only vLLM), bounded as the
+    next two options say. Costs one more forward pass; worth it where the two compute differently, as vLLM does."""
+    vllm_importance_sampling_mode: Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "token_truncate"
+    """The weight of a token, or of its whole completion; above the bound it is cut to it (truncate) or set to 0 (mask)."""
+    vllm_importance_sampling_clip_max: float = 3.0
+    """The bound."""
 
     # GRPO: objective
     objective: ObjectiveName = "grpo"
@@ -173,7 +188,7 @@ class TrainConfig:
         )
         above_0 = (
             "temperature eval_temperature learning_rate sft_learning_rate max_grad_norm dead_rank_seconds "
-            "reward_timeout"
+            "reward_timeout vllm_server_timeout vllm_importance_sampling_clip_max"
         )
         for name in at_least_1.split():
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
@@ -181,6 +196,9 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, "must be at least 0")
         for name in above_0.split():
             self._require(name, getattr(self, name) > 0, "must be above 0")
+        rule = "must name servers under --sampler vllm, and nothing otherwise"
+        named = self.vllm_server_base_url is not None
+        self._require("vllm_server_base_url", named == (self.sampler == "vllm"), rule)
         for name in ("steps_per_generation", "sampling_streams"):
             fits = getattr(self, name) <= self.prompts_per_step
             self._require(

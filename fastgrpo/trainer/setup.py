@@ -3,6 +3,7 @@
 import ctypes
 import platform
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +26,15 @@ from fastgrpo.trainer.inputs import check_inputs, model_folder
 from fastgrpo.trainer.jobs import make_task
 from fastgrpo.trainer.policy import Policy
 from fastgrpo.trainer.rewards import Rewards, make_rewards
-from fastgrpo.trainer.rollout import Sampler
+from fastgrpo.trainer.rollout import Sampler, SamplerError
 from fastgrpo.trainer.sampler import make_sampler
 from fastgrpo.trainer.tasks.base import Problem, Task
+from fastgrpo.trainer.text import prompt_ids
+from fastgrpo.trainer.vllm_sampler import VLLMSampler, connect
+from fastgrpo.trainer.vllm_server import VLLMServer
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+PROBES = 4  # prompts that vLLM servers are checked with
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """How folders are read: a folder can neither bring code of its own nor send us to a hub."""
 
@@ -45,16 +50,33 @@ class Run:
     device: torch.device
     ranks: Ranks = field(default_factory=Ranks)
     sampled: Any = None  # the model that samplers read, where it is not the policy's own (FSDP2)
+    servers: Sequence[VLLMServer] = ()
     rewards: Rewards = field(init=False)
 
     def __post_init__(self) -> None:
         """Find the rewards that the options name."""
         self.rewards = make_rewards(self.config, self.task.rewards(self.tokenizer.eos_token_id))
 
-    def sampler(self, seed: int) -> Sampler:
-        """A sampler of the present policy with random numbers of its own."""
+    def sampler(self, seed: int, ranks: Ranks | None = None) -> Sampler:
+        """A sampler of the present policy with random numbers of its own, refreshed by `ranks` together (None: by this
+        process alone).
+        """
+        model = self.policy.model if self.sampled is None else self.sampled
+        if self.servers:
+            return VLLMSampler(
+                model,
+                self.servers,
+                eos_id=self.tokenizer.eos_token_id,
+                seed=seed,
+                temperature=self.config.temperature,
+                probes=prompt_ids(
+                    self.tokenizer, self.task.sample("train", random.Random(0), PROBES)
+                ),
+                folder=self.config.output_dir,
+                ranks=ranks,
+            )
         return make_sampler(
-            self.policy.model if self.sampled is None else self.sampled,
+            model,
             kind=self.config.sampler,
             eos_id=self.tokenizer.eos_token_id,
             pad_id=self.tokenizer.pad_token_id,
@@ -90,7 +112,15 @@ def make_run(config: TrainConfig, ranks: Ranks | None = None) -> Run:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
     policy = Policy(model.to(device), config.temperature).eval()  # no dropout: the sampler has none
-    return Run(config, task, tokenizer, policy, device, ranks or Ranks())
+    run = Run(config, task, tokenizer, policy, device, ranks or Ranks())
+    if config.vllm_server_base_url is not None:
+        try:
+            run.servers = connect(
+                config.vllm_server_base_url, config.vllm_server_timeout, model.config.vocab_size
+            )
+        except SamplerError as error:
+            raise ValueError(str(error)) from None
+    return run
 
 
 def load_pretrained(path: str) -> tuple[PreTrainedTokenizerBase, Any]:
