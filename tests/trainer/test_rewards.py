@@ -144,7 +144,7 @@ def test_a_time_out_kills_what_the_function_has_started(file):
     [
         ("{file}:absent", "has no function 'absent'"),
         ("{file}:not_a_function", "has no function 'not_a_function'"),
-        ("no/such.py:f", "no Python file no/such.py"),
+        ("no/such.py:f", "no Python file 'no/such.py'"),
         ("no_such_module:f", "ModuleNotFoundError"),
         (
             "exact",
@@ -206,9 +206,9 @@ def test_rewards_run_at_the_same_time(file):
     [
         (
             {"reward_weights": "1,2"},
-            "reward_weights must hold one number per reward \\(1\\), got 2",
+            "--reward-weights must hold one number per reward \\(1\\), got 2",
         ),
-        ({"reward_weights": "a"}, "reward_weights must be numbers with commas between, got 'a'"),
+        ({"reward_weights": "a"}, "--reward-weights must be numbers with commas between, got 'a'"),
         ({"reward": "exact_answer,exact_answer"}, "reward names 'exact_answer' twice"),
     ],
 )

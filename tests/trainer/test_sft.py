@@ -156,12 +156,12 @@ def test_sft_command(base, story, packing, capsys):
         (
             [{"prompt": "Q:", "completion": "A"}],
             ["--max-length=1"],
-            "data must hold an example of at most max_length",
+            "--data must hold an example of at most --max-length tokens",
         ),
         (
             [{"prompt": "Q:", "completion": "A"}],
             ["--model-name-or-path=none"],
-            "model_name_or_path must be a folder",
+            "--model-name-or-path must be a run, or a folder",
         ),
         (
             [{"prompt": "Q:", "completion": ["A"]}],
