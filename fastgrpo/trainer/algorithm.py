@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fastgrpo.advantages import GroupAdvantage, group_advantage
-from fastgrpo.choices import KL
+from fastgrpo.choices import KL, Correction
 from fastgrpo.objective import Objective
 from fastgrpo.trainer.config import TrainConfig
 
@@ -25,7 +25,20 @@ def make_objective(config: TrainConfig) -> Objective:
     if config.objective == "dr_grpo":
         bounds["max_length"] = config.max_completion_length
     preset: Objective = getattr(Objective, config.objective)(**bounds)
+    preset = preset.replace(correction=make_correction(config))
     return preset.replace(kl=KL(beta=config.beta))
+
+
+def make_correction(config: TrainConfig) -> Correction | None:
+    """Importance weights between policy and sampler, as TRL defines them."""
+    if not config.vllm_importance_sampling_correction:
+        return None
+    level, _, mode = config.vllm_importance_sampling_mode.rpartition("_")
+    return Correction(
+        level="token" if level == "token" else "seq_sum",
+        mode="truncate" if mode == "truncate" else "mask",
+        high=config.vllm_importance_sampling_clip_max,
+    )
 
 
 def make_advantage(

@@ -80,20 +80,20 @@ class TrainConfig:
     temperature: float = 1.0
     """Temperature of sampling. Training uses log-probabilities at the same temperature."""
     sampler: Literal["auto", "kv", "transformers", "vllm"] = "auto"
-    """kv: our own with a KV cache (Llama models); transformers: `generate`; auto: kv wherever it can serve; vllm: servers
-    that are running already (docs/trainer.md says how to start them)."""
+    """kv: our own with a KV cache (Llama models); transformers: `generate`; auto: kv wherever it can serve; vllm:
+    servers that are running already (docs/trainer.md says how to start them)."""
     vllm_server_base_url: str | None = None
     """Servers of --sampler vllm: http://HOST:PORT, several with commas between."""
     vllm_server_timeout: float = 240.0
     """Seconds without an answer after which a vLLM server counts as dead: when the run starts, and for the samples of
     any one prompt."""
     vllm_importance_sampling_correction: bool = False
-    """Weigh every token by the policy's probability over that of the sampler (any sampler, not only vLLM), bounded as the
-    next two options say. Costs one more forward pass; worth it where the two compute differently, as vLLM does."""
+    """Weigh every token by the policy's probability over that of the sampler (any sampler, not only vLLM), bounded as
+    the next two options say. Costs one more forward pass; worth it where the two compute differently, as vLLM does."""
     vllm_importance_sampling_mode: Literal[
         "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = "token_truncate"
-    """The weight of a token, or of its whole completion; above the bound it is cut to it (truncate) or set to 0 (mask)."""
+    """The weight of a token, or of its whole completion; above the bound it is cut (truncate) or set to 0 (mask)."""
     vllm_importance_sampling_clip_max: float = 3.0
     """The bound."""
 

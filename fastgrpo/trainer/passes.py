@@ -48,6 +48,7 @@ def _try(state: State, portion: Portion, objective: Objective, attempt: _Attempt
                     advantage=batch.advantage,
                     old_logprob=batch.old_logprob,
                     ref_logprob=batch.ref_logprob,
+                    rollout_logprob=batch.rollout_logprob if objective.correction else None,
                     objective=objective,
                     normalizer=normalizer,
                 )

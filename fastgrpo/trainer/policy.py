@@ -40,6 +40,7 @@ class Policy(nn.Module):
         advantage: Tensor | None = None,  # [B]; without it only log-probabilities are computed
         old_logprob: Tensor | None = None,  # [N]; None: on-policy
         ref_logprob: Tensor | None = None,  # [N]
+        rollout_logprob: Tensor | None = None,  # [N]; read by an objective with a correction
         objective: Objective | None = None,
         normalizer: Tensor | None = None,
     ) -> PolicyLoss | Tensor:
@@ -56,6 +57,7 @@ class Policy(nn.Module):
             torch.ones_like(batch.token_ids, dtype=torch.bool),
             old_logprob=old_logprob,
             ref_logprob=ref_logprob,
+            rollout_logprob=rollout_logprob,
             objective=objective,
             normalizer=normalizer,
             cu_seqlens=batch.cu_seqlens,

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgrpo.advantages import GroupAdvantage
 from fastgrpo.losses import PolicyLoss
 from fastgrpo.metrics import Metrics
+from fastgrpo.rollout_correction import ROLLOUT_METRICS
 from fastgrpo.spec import METRICS
 from fastgrpo.trainer.distributed import Ranks
 from fastgrpo.trainer.microbatch import MicroBatch
@@ -52,12 +53,14 @@ class Tally:
 
     def over_ranks(self, ranks: Ranks) -> "Tally":
         """The tally of all ranks together; the loss of each is divided by D / world_size."""
-        if ranks.world_size == 1 or max(ranks.maxima([self.metrics is not None])) == 0:
+        own = () if self.metrics is None else self.metrics.names
+        names = (*METRICS, *ROLLOUT_METRICS)[: ranks.maxima([len(own)])[0]]
+        if ranks.world_size == 1 or not names:
             return self
         whole = Tally()
-        data = torch.zeros(len(METRICS), 4, dtype=torch.float64)
+        data = torch.zeros(len(names), 4, dtype=torch.float64)
         data[:, 2:] = torch.tensor([torch.inf, -torch.inf])
-        mine = Metrics(data) if self.metrics is None else self.metrics
+        mine = Metrics(data, names) if self.metrics is None else self.metrics
         whole.metrics = Metrics(mine.data.cpu(), mine.names).all_reduce()
         loss = torch.as_tensor(self.loss, dtype=torch.float64)
         whole.loss = ranks.sum(loss) / ranks.world_size
@@ -68,14 +71,15 @@ class Tally:
         return whole
 
     def add(self, result: PolicyLoss, batch: MicroBatch) -> None:
-        """Takes in one micro-batch; on-policy ones also compare the trainer's log-probabilities with the sampler's."""
+        """Takes in one micro-batch; compares the log-probabilities of the policy that sampled with the sampler's."""
         self.metrics = (
             result.metrics if self.metrics is None else self.metrics.merge(result.metrics)
         )
         self.loss = self.loss + result.loss.detach()
-        if batch.old_logprob is None and batch.rollout_logprob is not None:
-            assert result.logprob is not None
-            self.gaps.append((result.logprob - batch.rollout_logprob).abs())
+        old = result.logprob if batch.old_logprob is None else batch.old_logprob
+        if batch.rollout_logprob is not None:
+            assert old is not None
+            self.gaps.append((old - batch.rollout_logprob).abs())
 
     def losses(self, *, with_kl: bool) -> dict[str, float]:
         """Loss, KL (if there is a reference), entropy, clipping: what the loss itself measured."""
@@ -94,8 +98,13 @@ class Tally:
             numbers |= {"kl": m["kl"], "kl/max": m.max("kl")}
         if self.gaps:
             gap = torch.cat(self.gaps)
+            gap = gap[~gap.isnan()]  # tokens that the sampler could not score
             numbers["sampling/sampling_logp_difference/mean"] = gap.mean()
             numbers["sampling/sampling_logp_difference/max"] = gap.max()
+        if "rollout_weight" in m.names:
+            for name in ("min", "mean", "max"):
+                weight = f"sampling/importance_sampling_ratio/{name}"
+                numbers[weight] = m[weight]
         return {name: float(value) for name, value in numbers.items()}
 
 

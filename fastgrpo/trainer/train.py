@@ -112,10 +112,11 @@ def sample(state: State, objective: Objective, clock: Clock) -> Scored:
             for batch in portion.batches:
                 if state.reference is not None:
                     batch.ref_logprob = state.reference(batch.tokens)
-                if number:  # by then the policy will not be the one that sampled
+                # Of a later portion: by then the policy will not be the one that sampled.
+                if number or objective.correction:
                     batch.old_logprob = run.policy(batch.tokens)
     state.settle()
-    if state.reference is not None or len(portions) > 1:
+    if state.reference is not None or len(portions) > 1 or objective.correction:
         clock.lap("reference")
     return Scored(
         rollout,
