@@ -23,6 +23,7 @@ from fastgrpo.trainer.passes import TrainingStopped
 from fastgrpo.trainer.recorder import Recorder
 from fastgrpo.trainer.result import Result
 from fastgrpo.trainer.reward_process import RewardFault
+from fastgrpo.trainer.rollout import SamplerError
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.state import State
 from fastgrpo.trainer.tasks.base import Problem
@@ -82,7 +83,7 @@ class Phases:
                 + (f"To go on: fastgrpo train --resume {self.out}" if saved else "")
             )
             return self.interrupt.exit_code
-        except (TrainingStopped, RewardFault) as error:
+        except (TrainingStopped, RewardFault, SamplerError) as error:
             self.result.stopped = str(error)
             return 1
         return 0

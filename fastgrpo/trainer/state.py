@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from fastgrpo.advantages import GroupAdvantage
 from fastgrpo.trainer.distributed import full
 from fastgrpo.trainer.microbatch import Portion
-from fastgrpo.trainer.rollout import Rollout, join
+from fastgrpo.trainer.rollout import Rollout, SamplerError, join
 from fastgrpo.trainer.settings import SettingsError
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.tally import Tally
@@ -61,7 +61,7 @@ class State:
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
         )
-        self.sampler = run.sampler(config.seed)
+        self.sampler = run.sampler(config.seed, ranks)
         count = config.sampling_streams or ranks.world_size
         if count < ranks.world_size:
             raise SettingsError(
@@ -95,7 +95,22 @@ class State:
         return self.run.ranks.span(self.run.config.prompts_per_step, self.num_streams, stream)
 
     def sample(self, problems: list[Problem]) -> Rollout:
-        """Completions of this rank's share of a step's questions."""
+        """Completions of this rank's share of a step's questions.
+
+        Raises:
+            SamplerError: The sampler of any rank could not go on.
+        """
+        rollout, problem = None, ""
+        try:
+            rollout = self._sample(problems)
+        except SamplerError as error:
+            problem = str(error)
+        problems_told = [told["problem"] for told in self.run.ranks.share({"problem": problem})]
+        if rollout is None or any(problems_told):
+            raise SamplerError(next(filter(None, problems_told)))
+        return rollout
+
+    def _sample(self, problems: list[Problem]) -> Rollout:
         config, parts = self.run.config, []
         for stream in sorted(self.streams):
             self.sampler.rng_state = self.streams[stream]
