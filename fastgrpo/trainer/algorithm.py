@@ -26,7 +26,8 @@ def make_objective(config: TrainConfig) -> Objective:
         bounds["max_length"] = config.max_completion_length
     preset: Objective = getattr(Objective, config.objective)(**bounds)
     preset = preset.replace(correction=make_correction(config))
-    return preset.replace(kl=KL(beta=config.beta))
+    in_loss = config.objective != "ppo"  # there it is part of the reward
+    return preset.replace(kl=KL(beta=config.beta if in_loss else 0.0))
 
 
 def make_correction(config: TrainConfig) -> Correction | None:

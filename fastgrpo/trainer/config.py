@@ -3,16 +3,19 @@
 The string under a field is its help text on the command line. Nothing here imports torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 import tyro
 
 ObjectiveName = Literal[
     "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "gspo_token", "luspo", "gmpo", "cispo", "sapo", "vespo",
-    "rloo", "reinforce", "gpg", "topr", "dppo_tv", "dppo_kl",
+    "rloo", "reinforce", "gpg", "topr", "dppo_tv", "dppo_kl", "ppo",
 ]  # fmt: skip
-WITH_EPSILON = ("grpo", "dr_grpo", "dapo", "bnpo", "gspo", "gspo_token", "luspo", "gmpo", "rloo")
+WITH_EPSILON = (
+    "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "gspo_token", "luspo", "gmpo", "rloo", "ppo",
+)  # fmt: skip
+FOR_PPO = ("gamma", "lam", "vf_coef", "cliprange_value", "critic_learning_rate")
 
 
 def option(name: str) -> str:
@@ -112,7 +115,7 @@ class TrainConfig:
     """process: reward every line of the working (jobs that can: story), not only the final answer."""
     scale_rewards: Literal["group", "batch", "none"] | None = None
     """What advantages are divided by: the standard deviation in the group, in the batch, or nothing. Default: the
-    objective's own (group for GRPO)."""
+    objective's own (group for GRPO; batch for PPO, whose advantages are then shifted to mean 0 as well)."""
     drop_zero_advantage: bool = False
     """Leave completions of zero advantage out of training. Faster late in a run, but while beta > 0 their KL term goes
     too, so the update is not the paper's. With beta = 0 they are always left out: the update is the same."""
@@ -121,6 +124,18 @@ class TrainConfig:
     times."""
     ref_sync_steps: int = 0
     """Iterative GRPO: copy the policy to the reference every so many steps; 0 keeps the first reference."""
+
+    # PPO (--objective ppo): a value model instead of groups; beta is the weight of the KL in the reward
+    gamma: float = 1.0
+    """Discount of later rewards."""
+    lam: float = 0.95
+    """Weight of longer returns in generalised advantage estimation: 0 trusts the value model, 1 the rewards alone."""
+    vf_coef: float = 0.1
+    """Weight of the value loss beside the policy's: their share of max_grad_norm, which is that of both together."""
+    cliprange_value: float | None = 0.2
+    """How far a value may move from what it was when the batch was sampled; none: any way."""
+    critic_learning_rate: float | None = None
+    """Peak learning rate of the value model. Default: 10 times learning_rate."""
 
     # GRPO: optimiser
     learning_rate: float = 1e-4
@@ -204,8 +219,14 @@ class TrainConfig:
             self._require(
                 name, fits, f"must be at most {self.prompts_per_step} (--prompts-per-step)"
             )
-        rule = "must be at least 2: a completion is compared with others of its group"
-        self._require("num_generations", self.num_generations >= 2, rule)
+        if self.objective == "ppo":
+            self._check_ppo()
+        else:
+            rule = "must be at least 2: a completion is compared with others of its group"
+            self._require("num_generations", self.num_generations >= 2, rule)
+            for field in fields(self):
+                own = field.name not in FOR_PPO or getattr(self, field.name) == field.default
+                self._require(field.name, own, "belongs to --objective ppo")
         for name in ("epsilon", "epsilon_high"):
             value = getattr(self, name)
             if value is not None:
@@ -219,3 +240,18 @@ class TrainConfig:
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
             raise ValueError(f"{option(name)} {rule}, got {getattr(self, name)!r}")
+    def _check_ppo(self) -> None:
+        self._require("num_generations", self.num_generations >= 1, "must be at least 1")
+        for name in ("gamma", "lam"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "must be in [0, 1]")
+        self._require("vf_coef", self.vf_coef >= 0, "must be at least 0")
+        for name in ("cliprange_value", "critic_learning_rate"):
+            value = getattr(self, name)
+            self._require(name, value is None or value > 0, "must be above 0")
+        rule = "belongs to objectives that compare the completions of a group"
+        self._require("scale_rewards", self.scale_rewards != "group", rule)
+        rule = "must be off under --objective ppo: the value model learns from every completion"
+        self._require("drop_zero_advantage", not self.drop_zero_advantage, rule)
+        rule = "does not belong to --objective ppo, which clips by epsilon on both sides"
+        self._require("epsilon_high", self.epsilon_high is None, rule)
+

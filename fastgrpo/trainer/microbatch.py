@@ -17,15 +17,22 @@ class MicroBatch:
     """Some completions of a step, and what is known about their N tokens."""
 
     tokens: TokenBatch
-    advantage: Tensor  # [B], or [N] under process supervision
+    advantage: Tensor  # [B], or [N] under process supervision and PPO
     rollout_logprob: Tensor | None  # [N]
     ref_logprob: Tensor | None = None  # [N]
     old_logprob: Tensor | None = None  # [N]; None while the policy is still the one that sampled
+    value: Tensor | None = None  # [N]; with returns, under PPO
+    returns: Tensor | None = None  # [N]
     counts: bool = True  # False: only there because every rank must make the same number of passes
 
     def __len__(self) -> int:
         """Number of completions."""
         return len(self.tokens.input_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of completion tokens."""
+        return len(self.tokens.token_ids)
 
     def halves(self) -> "list[MicroBatch]":
         """The same completions as two micro-batches, if there are two."""
@@ -46,11 +53,17 @@ class MicroBatch:
             t.token_ids[first:last],
             t.cu_seqlens[rows.start : rows.stop + 1] - first,
         )
-        per_token = (self.rollout_logprob, self.ref_logprob, self.old_logprob)
-        sampled, ref, old = map(cut, per_token)
         whole = len(self.advantage) == len(self)
-        advantage = self.advantage[rows] if whole else self.advantage[first:last]
-        return MicroBatch(tokens, advantage, sampled, ref, old, self.counts)
+        return MicroBatch(
+            tokens,
+            self.advantage[rows] if whole else self.advantage[first:last],
+            rollout_logprob=cut(self.rollout_logprob),
+            ref_logprob=cut(self.ref_logprob),
+            old_logprob=cut(self.old_logprob),
+            value=cut(self.value),
+            returns=cut(self.returns),
+            counts=self.counts,
+        )
 
 
 @dataclass(slots=True)
@@ -64,6 +77,11 @@ class Portion:
     def size(self) -> int:
         """Number of completions that are trained on."""
         return sum(len(batch) for batch in self.batches if batch.counts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of their tokens."""
+        return sum(batch.num_tokens for batch in self.batches if batch.counts)
 
     def pad_to(self, passes: int, spare: MicroBatch) -> None:
         """Adds passes that count for nothing, so that every rank makes as many."""

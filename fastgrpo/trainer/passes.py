@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastgrpo.objective import Objective
 from fastgrpo.trainer.microbatch import MicroBatch, Portion
+from fastgrpo.trainer.ppo import value_backward
 from fastgrpo.trainer.state import Scored, State
 from fastgrpo.trainer.tally import Tally
 
@@ -33,6 +34,7 @@ def backward(state: State, portion: Portion, objective: Objective) -> Tally:
     for batch, logprob in zip(portion.batches, attempt.logprob, strict=True):
         if batch.old_logprob is None:  # the policy that sampled, as later updates have to know it
             batch.old_logprob = logprob
+    attempt.tally.updates = 1
     return attempt.tally
 
 
@@ -40,9 +42,12 @@ def _try(state: State, portion: Portion, objective: Objective, attempt: _Attempt
     """All passes; the message of an out-of-memory error if there was one."""
     ranks = state.run.ranks
     normalizer = portion.normalizer / ranks.world_size  # gradients are averaged over ranks
+    if state.critic is not None:
+        num_tokens = float(ranks.sum(torch.tensor(portion.num_tokens))) / ranks.world_size
     try:
         for number, batch in enumerate(portion.batches):
-            with ranks.quiet(state.model, last=number == len(portion.batches) - 1):
+            last = number == len(portion.batches) - 1
+            with ranks.quiet(state.model, last):
                 result = state.model(
                     batch.tokens,
                     advantage=batch.advantage,
@@ -55,6 +60,8 @@ def _try(state: State, portion: Portion, objective: Objective, attempt: _Attempt
                 (result.loss if batch.counts else result.loss * 0).backward()
             if batch.counts:
                 attempt.tally.add(result, batch)
+            if state.critic is not None:
+                attempt.tally.add_value(value_backward(state, batch, num_tokens, last))
             attempt.logprob.append(result.logprob)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

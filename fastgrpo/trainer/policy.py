@@ -25,19 +25,12 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.head_options = head_options(self.model.config)
 
-    def hidden(self, batch: TokenBatch) -> Tensor:  # [N, H]
-        """Last hidden states at the positions that predict a completion token."""
-        states = self.model.get_decoder()(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-        )[0]
-        rows: Tensor = states.flatten(0, 1)[batch.predict]
-        return rows
-
     def forward(
         self,
         batch: TokenBatch,
         *,
-        advantage: Tensor | None = None,  # [B]; without it only log-probabilities are computed
+        advantage: Tensor
+        | None = None,  # [B] or [N]; without it only log-probabilities are computed
         old_logprob: Tensor | None = None,  # [N]; None: on-policy
         ref_logprob: Tensor | None = None,  # [N]
         rollout_logprob: Tensor | None = None,  # [N]; read by an objective with a correction
@@ -45,7 +38,10 @@ class Policy(nn.Module):
         normalizer: Tensor | None = None,
     ) -> PolicyLoss | Tensor:
         """The loss of a micro-batch, or `[N]` log-probabilities if no advantage is given."""
-        hidden, head = self.hidden(batch), self.model.get_output_embeddings()
+        hidden, head = (
+            hidden_rows(self.model.get_decoder(), batch),
+            self.model.get_output_embeddings(),
+        )
         options = {"bias": head.bias, "temperature": self.temperature, **self.head_options}
         if advantage is None or objective is None:
             return linear_token_logprob(hidden, head.weight, batch.token_ids, **options).logprob
@@ -63,6 +59,13 @@ class Policy(nn.Module):
             cu_seqlens=batch.cu_seqlens,
             **options,
         )
+
+
+def hidden_rows(decoder: nn.Module, batch: TokenBatch) -> Tensor:  # [N, H]
+    """Last hidden states at the positions that predict a completion token."""
+    states = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)[0]
+    rows: Tensor = states.flatten(0, 1)[batch.predict]
+    return rows
 
 
 def head_options(config: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Source: DeepSeekMath, section 4.1.3 (Shao et al. 2024, arXiv:2402.03300).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -27,14 +28,40 @@ def line_ends(pieces: Sequence[str]) -> tuple[list[str], list[int]]:
     return lines, ends
 
 
-def step_advantage(
+@dataclass(frozen=True, slots=True)
+class LineRewards:
+    """What the S lines of B completions earned."""
+
+    reward: Tensor  # [S]
+    end: Tensor  # [S]: index of a line's last token in its completion
+    owner: Tensor  # [S]: which completion a line is of
+    cu_seqlens: Tensor  # [B + 1] int32: ends of the completions, packed
+
+    def advantage(self, group_size: int) -> Tensor:
+        """The advantage of every token, packed [N]: the sum of the lines' z-scores that end at or after it."""
+        return process_advantage(
+            self.reward,
+            self.end,
+            self.owner,
+            length=int(self.cu_seqlens[-1]),
+            group_size=group_size,
+            cu_seqlens=self.cu_seqlens,
+        )
+
+    def per_token(self) -> Tensor:
+        """The reward of every token, packed [N]: a line's on its last token, else 0."""
+        tokens = torch.zeros(int(self.cu_seqlens[-1]))
+        tokens[self.cu_seqlens[self.owner] + self.end] = self.reward
+        return tokens
+
+
+def reward_lines(
     task: Task,
     tokenizer: Any,
     problems: Sequence[Problem],  # one per completion
     rollout: Rollout,
-    group_size: int,
-) -> tuple[Tensor, float]:
-    """The advantage of every token, packed [N], and the mean reward of a line."""
+) -> LineRewards:
+    """Rewards every line of every completion."""
     text = lru_cache(None)(lambda token: tokenizer.decode([token], skip_special_tokens=True))
     rewards, ends, owner = list[float](), list[int](), list[int]()
     for number, (problem, ids) in enumerate(zip(problems, rollout.completion_ids, strict=True)):
@@ -46,12 +73,6 @@ def step_advantage(
         ends += last
         owner += [number] * len(last)
     offsets = torch.tensor([0, *rollout.lengths]).cumsum(0)
-    advantage = process_advantage(
-        torch.tensor(rewards),
-        torch.tensor(ends),
-        torch.tensor(owner),
-        length=int(offsets[-1]),
-        group_size=group_size,
-        cu_seqlens=offsets.int(),
+    return LineRewards(
+        torch.tensor(rewards), torch.tensor(ends), torch.tensor(owner), offsets.int()
     )
-    return advantage, sum(rewards) / len(rewards)

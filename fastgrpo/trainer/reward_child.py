@@ -2,7 +2,8 @@
 
     python -m fastgrpo.trainer.reward_child SPEC READ_FD WRITE_FD
 
-Requests and answers are lines of JSON on the two file descriptors. Standard output goes to standard error.
+Requests and answers are lines of JSON on the two file descriptors. Standard output goes to standard error. Requests
+name a method: `score`; and, of objects that learn, `refit`, `save` and `load` (by torch, without pickled code).
 """
 
 import asyncio
@@ -48,19 +49,48 @@ def load_function(spec: str) -> Callable[..., Any]:
     return function
 
 
-def call(function: Callable[..., Any], arguments: dict[str, Any]) -> list[float | None]:
-    """The rewards of a batch; functions without `**kwargs` get the arguments that they name."""
+def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """What the function returns; functions without `**kwargs` get the arguments that they name."""
     parameters = inspect.signature(function).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
     result = function(**arguments)
     if inspect.isawaitable(result):
         result = asyncio.run(_wait(result))
-    return [None if value is None else float(value) for value in result]
+    return result
 
 
 async def _wait(result: Any) -> Any:
     return await result
+
+
+def learns(reward: Any) -> bool:
+    """Whether the reward is an object that can be trained; then a checkpoint has to be able to hold it."""
+    if not callable(getattr(reward, "refit", None)):
+        return False
+    lacking = [
+        n for n in ("state_dict", "load_state_dict") if not callable(getattr(reward, n, None))
+    ]
+    if lacking:
+        raise TypeError(f"it has refit but no {' and no '.join(lacking)}: no run could be resumed")
+    return True
+
+
+def respond(reward: Any, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Does what is asked; the content of the answer."""
+    if method == "score":
+        values = call(reward, arguments)
+        return {"rewards": [None if value is None else float(value) for value in values]}
+    if method == "refit":
+        call(reward.refit, arguments)
+        return {}
+    import torch  # only learning rewards need it
+
+    if method == "save":
+        torch.save(reward.state_dict(), arguments["path"])
+    else:
+        reward.load_state_dict(torch.load(arguments["path"], weights_only=True))
+    return {}
 
 
 def main(spec: str, read_fd: int, write_fd: int) -> None:
@@ -76,15 +106,15 @@ def main(spec: str, read_fd: int, write_fd: int) -> None:
             answers.flush()
 
         try:
-            function = load_function(spec)
+            reward = load_function(spec)
+            answer(learns=learns(reward))
         except BaseException as error:
             answer(error=_describe(error))
             return
-        answer(ready=True)
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         for line in requests:
             try:
-                answer(rewards=call(function, json.loads(line)))
+                answer(**respond(reward, **json.loads(line)))
             except Exception as error:
                 answer(error=_describe(error))
 

@@ -8,8 +8,10 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 60.0
@@ -28,6 +30,8 @@ class ProcessReward:
         self.spec = spec
         self.name = spec.rpartition(":")[2].removesuffix(".py").rpartition("/")[2]
         self.timeout_s = timeout_s
+        self.learns = False  # known once it runs: it is an object with `refit`
+        self.state: bytes | None = None  # what it has learned
         self._child: subprocess.Popen[bytes] | None = None
         self._to = self._from = -1
         self._buffer = b""
@@ -40,16 +44,42 @@ class ProcessReward:
             RewardFault: the function raised, exited, ran past the time-out or returned something else than rewards.
         """
         self.start()
-        request = json.dumps({"completions": list(completions), **columns}) + "\n"
-        deadline = time.monotonic() + self.timeout_s
-        self._send(request.encode(), deadline)
-        rewards = self._receive(deadline, f"took longer than {self.timeout_s:g} s").get("rewards")
+        rewards = self._ask("score", completions=list(completions), **columns).get("rewards")
         if not isinstance(rewards, list) or len(rewards) != len(completions):
             got = f"{len(rewards)} values" if isinstance(rewards, list) else type(rewards).__name__
             raise RewardFault(
                 f"reward {self.name} must return {len(completions)} values, got {got}"
             )
         return rewards
+
+    def refit(self, **arguments: Any) -> None:
+        """Has the object train on completions, and keeps what it has learned.
+
+        Raises:
+            RewardFault: as in a call; it goes on from what it had learned before.
+        """
+        self.start()
+        try:
+            self._ask("refit", **arguments)
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "state.pt"
+                self._ask("save", path=str(path))
+                self.state = path.read_bytes()
+        except RewardFault:
+            self.stop()  # half trained
+            raise
+
+    def restore(self, state: bytes | None) -> None:
+        """Starts afresh with what was learned up to some refit."""
+        self.stop()
+        self.state = state
+        self.start()
+
+    def _ask(self, method: str, **arguments: Any) -> dict[str, Any]:
+        request = json.dumps({"method": method, "arguments": arguments}) + "\n"
+        deadline = time.monotonic() + self.timeout_s
+        self._send(request.encode(), deadline)
+        return self._receive(deadline, f"took longer than {self.timeout_s:g} s")
 
     def start(self) -> None:
         """Starts the child if none is running, and waits until it has loaded the function."""
@@ -68,11 +98,17 @@ class ProcessReward:
         os.close(read_request)
         os.close(write_answer)
         os.set_blocking(self._to, False)
-        self._receive(
+        answer = self._receive(
             time.monotonic() + START_TIMEOUT_S,
             f"did not load within {START_TIMEOUT_S:g} s",
             "cannot be loaded",
         )
+        self.learns = answer["learns"]
+        if self.state is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "state.pt"
+                path.write_bytes(self.state)
+                self._ask("load", path=str(path))
 
     def stop(self) -> None:
         """Ends the child and all that it has started."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgrpo.trainer.algorithm import reward_weights
 from fastgrpo.trainer.config import TrainConfig
+from fastgrpo.trainer.replay import Record
 from fastgrpo.trainer.reward_library import SoftOverlong, think_format
 from fastgrpo.trainer.reward_process import ProcessReward, RewardFault
 from fastgrpo.trainer.tasks.base import Problem, Reward
@@ -72,17 +73,7 @@ class Rewards:
         Raises:
             RewardFault: a function failed or returned NaN, and `on_fault` is "stop".
         """
-        more = {name for p in problems for name in p.columns}
-        columns: dict[str, list[Any]] = {
-            name: [p.columns.get(name) for p in problems] for name in more
-        }
-        columns |= {
-            "prompts": [p.prompt for p in problems],
-            "completions": list(completions),
-            "completion_ids": [list(ids) for ids in completion_ids],
-            "answer": [p.answer for p in problems],
-            "solution": [p.solution for p in problems],
-        }
+        columns = columns_of(problems, completions, completion_ids)
         self.faults, self.messages = {}, []
         with ThreadPoolExecutor(max_workers=max(1, len(self.functions))) as pool:
             pending = [pool.submit(self._one, name, columns) for name in self.functions]
@@ -114,15 +105,71 @@ class Rewards:
         self.messages.append(message)
 
     def total(self, reward: Tensor) -> Tensor:  # [B, K] -> [B]
-        """The weighted sum that advantages are made of; what was not scored counts 0."""
+        """The weighted sum that advantages are made of; what was not scored counts 0, NaN if nothing was."""
         weights = reward.new_tensor(self.weights or [1.0] * len(self.functions))
-        return (reward * weights).nansum(1)
+        return (reward * weights).nansum(1).masked_fill(reward.isnan().all(1), torch.nan)
+
+    @property
+    def learning(self) -> dict[str, ProcessReward]:
+        """Those that are trained in iterative GRPO: objects of the user with `refit`."""
+        return {
+            name: reward
+            for name, reward in self.functions.items()
+            if isinstance(reward, ProcessReward) and reward.learns
+        }
+
+    def refit(self, fresh: list[Record], replay: list[Record]) -> None:
+        """Trains them on the completions of an outer iteration and some of earlier ones.
+
+        Raises:
+            RewardFault: one failed, and `on_fault` is "stop".
+        """
+        for name, reward in self.learning.items():
+            try:
+                reward.refit(**lists(fresh, name), replay=lists(replay, name))
+            except RewardFault as error:
+                self._blame(name, 0, str(error))
+                if self.on_fault == "stop":
+                    raise
 
     def fault_numbers(self) -> dict[str, float]:
         """Faults of the last batch as metrics."""
         return {
             f"rewards/{name}/faults": float(self.faults.get(name, 0)) for name in self.functions
         }
+
+
+def columns_of(
+    problems: Sequence[Problem], completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
+) -> dict[str, list[Any]]:
+    """What rewards are given, each a list with one entry per completion."""
+    more = {name for p in problems for name in p.columns}
+    columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in problems] for name in more}
+    return columns | {
+        "prompts": [p.prompt for p in problems],
+        "completions": list(completions),
+        "completion_ids": [list(ids) for ids in completion_ids],
+        "answer": [p.answer for p in problems],
+        "solution": [p.solution for p in problems],
+    }
+
+
+def records_of(columns: dict[str, list[Any]], rewards: dict[str, list[float]]) -> list[Record]:
+    """The completions one by one; a reward that was not given is None."""
+    count = len(columns["completions"])
+    given = {n: [None if math.isnan(v) else v for v in values] for n, values in rewards.items()}
+    return [
+        {name: values[i] for name, values in columns.items()}
+        | {"rewards": {name: values[i] for name, values in given.items()}}
+        for i in range(count)
+    ]
+
+
+def lists(records: list[Record], reward: str) -> dict[str, list[Any]]:
+    """The completions column by column, `rewards` being those of one function."""
+    names = {name for record in records for name in record} | {"prompts", "completions", "rewards"}
+    columns = {name: [record.get(name) for record in records] for name in sorted(names)}
+    return columns | {"rewards": [record["rewards"][reward] for record in records]}
 
 
 def make_rewards(config: TrainConfig, own: Mapping[str, Reward]) -> Rewards:
@@ -139,7 +186,13 @@ def make_rewards(config: TrainConfig, own: Mapping[str, Reward]) -> Rewards:
         if name in functions:
             raise ValueError(f"--reward names {name!r} twice")
         functions[name] = function
-    return Rewards(functions, config.on_reward_fault, reward_weights(config))
+    rewards = Rewards(functions, config.on_reward_fault, reward_weights(config))
+    if rewards.learning and not config.ref_sync_steps:
+        name = next(iter(rewards.learning))
+        raise ValueError(
+            f"--ref-sync-steps must be above 0: reward {name} has refit, which ends every outer iteration"
+        )
+    return rewards
 
 
 def find_reward(spec: str, config: TrainConfig, own: Mapping[str, Reward]) -> tuple[str, Reward]:

@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fastgrpo.advantages import GroupAdvantage
+from fastgrpo.trainer.critic import Critic
 from fastgrpo.trainer.distributed import full
 from fastgrpo.trainer.microbatch import Portion
+from fastgrpo.trainer.replay import Replay
+from fastgrpo.trainer.rewards import columns_of, records_of
 from fastgrpo.trainer.rollout import Rollout, SamplerError, join
 from fastgrpo.trainer.settings import SettingsError
 from fastgrpo.trainer.setup import Run
@@ -37,7 +42,7 @@ class Scored:
 
 
 class State:
-    """The policy under training, its optimizer and reference, the sampler's random numbers, the place in the run."""
+    """The networks, their optimizer, the sampler's random numbers, what rewards learn from, the place in the run."""
 
     def __init__(self, run: Run) -> None:
         config, ranks = run.config, run.ranks
@@ -47,17 +52,22 @@ class State:
         self.bad_updates = 0  # in a row
         self.micro_batch_size = config.per_device_train_batch_size
         self.scored: Scored | None = None
+        self.replay = Replay()
         run.sampled = ranks.unsharded_copy(run.policy.model)
         self.reference = None
         if config.beta > 0:
             self.reference = copy.deepcopy(run.policy).requires_grad_(False)
             if ranks.kind == "fsdp2":
                 ranks.wrap(self.reference)
-        self.model = ranks.wrap(
-            run.policy
-        )  # what is called to train; `run.policy` holds the same weights
+        self.critic = Critic(run.policy).eval() if config.objective == "ppo" else None
+        # What is called to train; `run.policy` and `critic` hold the same weights.
+        self.model = ranks.wrap(run.policy)
+        self.value_model = None if self.critic is None else ranks.wrap(self.critic)
+        groups = [list(run.policy.parameters())]
+        if self.critic is not None:
+            groups.append(list(self.critic.parameters()))
         self.optimizer = torch.optim.AdamW(
-            run.policy.parameters(),
+            [{"params": group} for group in groups],
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
         )
@@ -76,6 +86,25 @@ class State:
             text = f"stream {number} of {seed}".encode()
             seed = int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
         return torch.Generator(self.run.device).manual_seed(seed).get_state()
+
+    def others(self) -> dict[str, nn.Module]:
+        """The networks beside the policy, by name."""
+        both = {"reference": self.reference, "critic": self.critic}
+        return {name: module for name, module in both.items() if module is not None}
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All that is trained, in the optimizer's order."""
+        named = dict(self.run.policy.named_parameters())
+        if self.critic is not None:
+            named |= {f"critic.{name}": p for name, p in self.critic.named_parameters()}
+        return named
+
+    def set_learning_rate(self, factor: float) -> None:
+        """A share of the peaks that the options name."""
+        config = self.run.config
+        peaks = (config.learning_rate, config.critic_learning_rate or 10 * config.learning_rate)
+        for group, peak in zip(self.optimizer.param_groups, peaks, strict=False):
+            group["lr"] = peak * factor
 
     @property
     def updates(self) -> int:
@@ -105,9 +134,9 @@ class State:
             rollout = self._sample(problems)
         except SamplerError as error:
             problem = str(error)
-        problems_told = [told["problem"] for told in self.run.ranks.share({"problem": problem})]
-        if rollout is None or any(problems_told):
-            raise SamplerError(next(filter(None, problems_told)))
+        told = [told["problem"] for told in self.run.ranks.share({"problem": problem})]
+        if rollout is None or any(told):
+            raise SamplerError(next(filter(None, told)))
         return rollout
 
     def _sample(self, problems: list[Problem]) -> Rollout:
@@ -137,7 +166,7 @@ class State:
 
     def settle(self) -> None:
         """After passes without a backward: FSDP2 would leave what is gathered last on every rank."""
-        modules: list[Any] = [self.reference, self.model]
+        modules: list[Any] = [self.reference, self.model, self.value_model]
         for module in modules:
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -150,12 +179,30 @@ class State:
             for theirs, ours in pairs:
                 theirs.copy_(ours)
 
+    def remember(
+        self, asked: Sequence[Problem], completions: Sequence[str], rollout: Rollout, reward: Tensor
+    ) -> None:
+        """Keeps scored completions of all ranks for rewards that learn, if there are any."""
+        rewards = self.run.rewards
+        if not rewards.learning:
+            return
+        given = dict(zip(rewards.functions, reward.T.tolist(), strict=True))
+        columns = columns_of(asked, completions, rollout.completion_ids)
+        for told in self.run.ranks.share({"records": records_of(columns, given)}):
+            self.replay.fresh += told["records"]
+
+    def refit_rewards(self) -> None:
+        """Iterative GRPO: rewards that learn are trained on this iteration's completions and some of earlier ones."""
+        if self.run.rewards.learning:
+            rng = random.Random(f"replay {self.run.config.seed} {self.step}")
+            self.run.rewards.refit(*self.replay.turn(rng))
+
     def share_of(self, advantage: GroupAdvantage) -> Tensor:
         """This rank's advantages out of those of the whole step."""
         before = sum(self.counts[: self.run.ranks.rank])
         return advantage.advantage[before : before + self.counts[self.run.ranks.rank]]
 
 
-def grad_norm_(module: nn.Module, max_norm: float) -> float:
+def grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scales gradients down to `max_norm`; returns their norm before."""
-    return float(full(nn.utils.clip_grad_norm_(module.parameters(), max_norm)))
+    return float(full(nn.utils.clip_grad_norm_(parameters, max_norm)))

@@ -22,7 +22,9 @@ class Tally:
 
     def __init__(self) -> None:
         self.metrics: Metrics | None = None
-        self.loss: Tensor | float = 0.0
+        self.updates = 0
+        self.loss: Tensor | float = 0.0  # sum over updates
+        self.value: Tensor | None = None  # PPO's value loss and clipped share, sums over updates
         self.gaps: list[Tensor] = []
 
     def merge(self, other: "Tally") -> None:
@@ -30,7 +32,10 @@ class Tally:
         if other.metrics is not None:
             mine = self.metrics
             self.metrics = other.metrics if mine is None else mine.merge(other.metrics)
+        self.updates += other.updates
         self.loss = self.loss + other.loss
+        if other.value is not None:
+            self.add_value(other.value)
         self.gaps += other.gaps
 
     def state(self) -> dict[str, Any]:
@@ -38,7 +43,9 @@ class Tally:
         m = self.metrics
         return {
             "metrics": None if m is None else (m.data, m.names),
+            "updates": self.updates,
             "loss": self.loss,
+            "value": self.value,
             "gaps": self.gaps,
         }
 
@@ -48,7 +55,8 @@ class Tally:
         tally = cls()
         if state["metrics"] is not None:
             tally.metrics = Metrics(*state["metrics"])
-        tally.loss, tally.gaps = state["loss"], state["gaps"]
+        for name in ("updates", "loss", "value", "gaps"):
+            setattr(tally, name, state[name])
         return tally
 
     def over_ranks(self, ranks: Ranks) -> "Tally":
@@ -63,7 +71,9 @@ class Tally:
         mine = Metrics(data, names) if self.metrics is None else self.metrics
         whole.metrics = Metrics(mine.data.cpu(), mine.names).all_reduce()
         loss = torch.as_tensor(self.loss, dtype=torch.float64)
-        whole.loss = ranks.sum(loss) / ranks.world_size
+        whole.updates, whole.loss = self.updates, ranks.sum(loss) / ranks.world_size
+        if self.value is not None:
+            whole.value = ranks.sum(self.value) / ranks.world_size
         gap = torch.cat(self.gaps).cpu() if self.gaps else torch.zeros(0)
         sizes = [told["n"] for told in ranks.share({"n": len(gap)})]
         if max(sizes):
@@ -81,13 +91,17 @@ class Tally:
             assert old is not None
             self.gaps.append((old - batch.rollout_logprob).abs())
 
+    def add_value(self, value: Tensor) -> None:
+        """Takes in what a micro-batch's value loss reports."""
+        self.value = value if self.value is None else self.value + value
+
     def losses(self, *, with_kl: bool) -> dict[str, float]:
         """Loss, KL (if there is a reference), entropy, clipping: what the loss itself measured."""
         if self.metrics is None:  # every completion was left out
             return {"loss": 0.0}
         m = Metrics(self.metrics.data.cpu(), self.metrics.names)
         numbers = {
-            "loss": self.loss,
+            "loss": self.loss / self.updates,
             "entropy": m["entropy"],
             "clip_ratio/low_mean": m["clip_low"],
             "clip_ratio/high_mean": m["clip_high"],
@@ -96,6 +110,9 @@ class Tally:
         }
         if with_kl:
             numbers |= {"kl": m["kl"], "kl/max": m.max("kl")}
+        if self.value is not None:
+            loss, clipped = self.value / self.updates
+            numbers |= {"loss/value_avg": loss, "val/clipfrac_avg": clipped}
         if self.gaps:
             gap = torch.cat(self.gaps)
             gap = gap[~gap.isnan()]  # tokens that the sampler could not score
@@ -115,7 +132,7 @@ def reward_numbers(
     group_size: int,
 ) -> dict[str, float]:
     """Rewards and their spread within groups."""
-    total = rewards.total(reward).view(-1, group_size)
+    total = rewards.total(reward).nan_to_num(0.0).view(-1, group_size)
     flat = advantage.is_degenerate.view(-1, group_size)[:, 0]
     best, worst = total.max(), total.min()
     numbers = {

@@ -4,7 +4,9 @@
         sample questions, and G completions of each from the policy
         reward every completion; compared with the others of its question, that is its advantage
         for iteration = 1 ... mu: one update of the policy on the GRPO objective (Eq. 3)
-        now and then (iterative GRPO): the policy becomes the reference
+        now and then (iterative GRPO): the policy becomes the reference, and rewards that learn are trained further
+
+Under PPO (Eq. 1) a value model says what a token's advantage is (`ppo.py`); all else is the same.
 
 The loss is computed inside the policy's forward (`policy.py`) by the package's own ops. In the first update the policy
 that is trained is the policy that sampled: the ratio is exactly 1 and no pass for old log-probabilities is needed. Its
@@ -23,7 +25,8 @@ from fastgrpo.trainer.algorithm import learning_rate_factor, make_advantage, mak
 from fastgrpo.trainer.clock import Clock
 from fastgrpo.trainer.passes import backward, skip_or_stop
 from fastgrpo.trainer.portions import divide
-from fastgrpo.trainer.process import step_advantage
+from fastgrpo.trainer.ppo import appraise
+from fastgrpo.trainer.process import reward_lines
 from fastgrpo.trainer.rollout import Rollout
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.state import Scored, State, grad_norm_
@@ -56,14 +59,15 @@ def grpo(
         factor = learning_rate_factor(
             config.lr_scheduler_type, state.step, config.max_steps, config.warmup_steps
         )
-        for group in state.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
+        state.set_learning_rate(factor)
         while scored.update < state.updates:
             update(state, scored, objective)
             clock.lap("train")
             safe_point()
         if config.ref_sync_steps and (state.step + 1) % config.ref_sync_steps == 0:
             state.renew_reference()
+            state.refit_rewards()
+            clock.lap("score")
         state.publish()
         state.num_tokens += scored.num_tokens
         state.scored = None
@@ -94,18 +98,21 @@ def sample(state: State, objective: Objective, clock: Clock) -> Scored:
     asked = [problem for problem in asked for _ in range(config.num_generations)]
     completions = decode(run.tokenizer, rollout.completion_ids)
     mine = run.rewards.score(asked, completions, rollout.completion_ids)
+    state.remember(asked, completions, rollout, mine)
     reward = run.ranks.rows(mine, state.counts)
     facts = [rollout.lengths, rollout.truncated, [len(ids) for ids in rollout.prompt_ids]]
     lengths, truncated, prompt = run.ranks.rows(torch.tensor(facts).T, state.counts).T.tolist()
     advantage = make_advantage(reward, config)
     worth, numbers = state.share_of(advantage), dict[str, float]()
+    if state.critic is not None:
+        worth = run.rewards.total(mine)
     if config.supervision == "process":
-        worth, numbers["step_reward"] = step_advantage(
-            run.task, run.tokenizer, asked, rollout, config.num_generations
-        )
+        lines = reward_lines(run.task, run.tokenizer, asked, rollout)
+        numbers["step_reward"] = float(lines.reward.mean())
+        worth = lines.per_token() if state.critic else lines.advantage(config.num_generations)
     clock.lap("score")
 
-    drop = config.drop_zero_advantage or config.beta == 0
+    drop = config.drop_zero_advantage or (config.beta == 0 and state.critic is None)
     portions = divide(state, rollout, objective, worth, drop)
     with torch.no_grad():
         for number, portion in enumerate(portions):
@@ -115,8 +122,10 @@ def sample(state: State, objective: Objective, clock: Clock) -> Scored:
                 # Of a later portion: by then the policy will not be the one that sampled.
                 if number or objective.correction:
                     batch.old_logprob = run.policy(batch.tokens)
+    if state.critic is not None:
+        numbers |= appraise(state, portions)
     state.settle()
-    if state.reference is not None or len(portions) > 1 or objective.correction:
+    if state.others() or len(portions) > 1 or objective.correction:
         clock.lap("reference")
     return Scored(
         rollout,
@@ -135,7 +144,7 @@ def update(state: State, scored: Scored, objective: Objective) -> None:
     portion = scored.portions[scored.update % len(scored.portions)]
     state.optimizer.zero_grad(set_to_none=False)  # without any gradient Adam still moves on
     tally = backward(state, portion, objective)
-    scored.grad_norm = grad_norm_(state.run.policy, state.run.config.max_grad_norm)
+    scored.grad_norm = grad_norm_(state.named_parameters().values(), state.run.config.max_grad_norm)
     scored.update += 1
     scored.tally.merge(tally)
     if math.isfinite(scored.grad_norm) and math.isfinite(float(tally.loss)):

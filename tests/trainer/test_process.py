@@ -9,7 +9,7 @@ import torch
 from fastgrpo.trainer.jobs import default_config, make_task
 from fastgrpo.trainer.microbatch import split
 from fastgrpo.trainer.policy import Policy
-from fastgrpo.trainer.process import line_ends, step_advantage
+from fastgrpo.trainer.process import line_ends, reward_lines
 from fastgrpo.trainer.rollout import Rollout
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.tasks.base import Problem
@@ -58,7 +58,8 @@ def rollout_of(tokenizer, texts, cut=()):
 def test_a_token_is_worth_the_lines_that_end_at_or_after_it(story, tokenizer):
     texts = ["7+2=9\n9-3=6\n#### 6", "7+2=9\n9-3=5\n#### 5"]
     rollout = rollout_of(tokenizer, texts)
-    advantage, mean = step_advantage(story, tokenizer, [PROBLEM] * 2, rollout, group_size=2)
+    lines = reward_lines(story, tokenizer, [PROBLEM] * 2, rollout)
+    advantage = lines.advantage(group_size=2)
     rewards = torch.tensor([1.0, 1, 1, 1, 0, 0])  # six lines in the group
     z = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
     first, second = advantage.split(rollout.lengths)
@@ -68,13 +69,16 @@ def test_a_token_is_worth_the_lines_that_end_at_or_after_it(story, tokenizer):
         assert torch.allclose(own[:6], worth.sum().expand(6), atol=1e-5)
         assert torch.allclose(own[6:12], worth[1:].sum().expand(6), atol=1e-5)
         assert torch.allclose(own[12:], worth[2].expand(3), atol=1e-5)
-    assert mean == pytest.approx(4 / 6)
+    assert lines.reward.tolist() == rewards.tolist()
+    tokens = torch.zeros(30)
+    tokens[[5, 11, 14, 20]] = 1.0  # under PPO a line's reward stands on its last token
+    assert torch.equal(lines.per_token(), tokens)
 
 
 def test_a_line_that_was_cut_earns_nothing(story, tokenizer):
     rollout = rollout_of(tokenizer, ["7+2=9\n9-3=6\n#### 6", "7+2=9\n9-3=6\n#### 6"], cut={1})
-    _, mean = step_advantage(story, tokenizer, [PROBLEM] * 2, rollout, group_size=2)
-    assert mean == pytest.approx(5 / 6)
+    lines = reward_lines(story, tokenizer, [PROBLEM] * 2, rollout)
+    assert lines.reward.tolist() == [1, 1, 1, 1, 1, 0]
 
 
 def test_micro_batches_keep_each_tokens_advantage_with_its_token(story, tokenizer):

@@ -181,6 +181,14 @@ def test_more_updates_per_batch_meet_the_clip():
     assert steps[0].numbers["clip_ratio/region_mean"] > 0
 
 
+def test_the_loss_is_the_mean_over_updates():
+    """Four updates with a learning rate of nothing have the loss of one."""
+    config = replace(SMALL, beta=0.04, learning_rate=1e-12, objective="dr_grpo", max_steps=1)
+    once, often = (train(replace(config, num_iterations=n))[1][0].numbers for n in (1, 4))
+    assert abs(once["loss"]) > 1e-3
+    assert often["loss"] == pytest.approx(once["loss"], rel=1e-3)
+
+
 def test_the_reference_follows_the_policy_if_asked():
     """After a sync the KL starts again from 0."""
     config = replace(SMALL, beta=0.1, max_steps=3)
@@ -241,7 +249,8 @@ def test_every_objective_of_the_command_line_exists():
 
     for name in get_args(ObjectiveName):
         objective = make_objective(replace(SMALL, objective=name, beta=0.02))
-        assert (objective.name, objective.kl.beta) == (name, 0.02)
+        in_loss = 0.0 if name == "ppo" else 0.02  # PPO's is in the reward
+        assert (objective.name, objective.kl.beta) == (name, in_loss)
     high = make_objective(replace(SMALL, objective="dapo", epsilon=0.1, epsilon_high=0.3))
     assert high.positive[1] == pytest.approx(1.3)
     assert high.negative[0] == pytest.approx(0.9)
