@@ -30,6 +30,8 @@ class EvalConfig:
     """Samples per question behind pass@1, maj@k and pass@k."""
     temperature: float = 1.0
     """Temperature of those samples."""
+    tools: str | None = None
+    """What completions may call (docs/trainer.md): calculator, or the factory file.py:name of a sandbox of yours."""
     max_completion_length: int | None = None
     """Longest completion in tokens. Default: the run's, or else the job's."""
     seed: int = 0
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         config = train_config(options)
         check_inputs(config)
         print(f"job {config.job}; loading torch and transformers ...", file=sys.stderr, flush=True)
-        return measure(config, as_json=options.json)
+        return measure(config, as_json=options.json, tools=options.tools)
     except ValueError as error:
         return fail(error)
 
@@ -94,18 +96,22 @@ def train_config(options: EvalConfig) -> TrainConfig:
     return TrainConfig(**(JOBS[job].defaults | chosen))
 
 
-def measure(config: TrainConfig, *, as_json: bool) -> int:
+def measure(config: TrainConfig, *, as_json: bool, tools: str | None = None) -> int:
     """Loads the model, asks the questions and prints the scores."""
     from fastgrpo.trainer.closing import table
     from fastgrpo.trainer.evaluate import evaluate
     from fastgrpo.trainer.setup import make_run
+    from fastgrpo.trainer.tools import ToolSampler, find_tool
 
+    tool = None if tools is None else find_tool(tools)
     run = make_run(config)
     problems = run.held_out("test", config.eval_questions)
     if not problems:
         raise ValueError("--data and --test-data must hold out a question with an answer, got none")
+    sampler = run.sampler(config.seed + 1)
+    helped = None if tool is None else ToolSampler(sampler, run.tokenizer, tool)
     evaluation = evaluate(
-        run.sampler(config.seed + 1),
+        helped or sampler,
         run.task,
         run.tokenizer,
         problems,
@@ -119,6 +125,8 @@ def measure(config: TrainConfig, *, as_json: bool) -> int:
             "scores": evaluation.scores,
             "stderr": evaluation.stderr,
         }
+        if helped is not None:
+            content["tool_calls"] = {"answered": helped.calls, "failed": helped.failures}
         print(json.dumps(content))
     else:
         asked = f"{len(problems)} held-out questions of the job {config.job}, seed {config.seed}"
@@ -126,4 +134,6 @@ def measure(config: TrainConfig, *, as_json: bool) -> int:
             f"{asked}; {config.eval_samples} samples each at temperature {config.eval_temperature:g}"
         )
         print(table({"model": evaluation}))
+        if helped is not None:
+            print(helped.summary())
     return 0

@@ -13,7 +13,7 @@ from fastgrpo.trainer.rollout import Sampler
 from fastgrpo.trainer.tasks.base import Problem, Task
 from fastgrpo.trainer.text import decode, prompt_ids
 
-PROMPTS_AT_ONCE = 64
+PROMPTS_AT_ONCE, ROWS_AT_ONCE = 64, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +135,9 @@ def evaluate(
         return texts, answers, rollout.lengths
 
     answered: list[Answered] = []
-    for start in range(0, len(problems), PROMPTS_AT_ONCE):
-        batch = problems[start : start + PROMPTS_AT_ONCE]
+    at_once = max(1, min(PROMPTS_AT_ONCE, ROWS_AT_ONCE // max(1, samples)))
+    for start in range(0, len(problems), at_once):
+        batch = problems[start : start + at_once]
         greedy, greedy_answers, lengths = complete(batch, 1, 0.0)
         texts, answers = list[str](), list[str | None]()
         if samples:
