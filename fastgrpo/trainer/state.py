@@ -134,9 +134,9 @@ class State:
             rollout = self._sample(problems)
         except SamplerError as error:
             problem = str(error)
-        told = [told["problem"] for told in self.run.ranks.share({"problem": problem})]
-        if rollout is None or any(told):
-            raise SamplerError(next(filter(None, told)))
+        failed = [told["problem"] for told in self.run.ranks.share({"problem": problem})]
+        if rollout is None or any(failed):
+            raise SamplerError(next(filter(None, failed)))
         return rollout
 
     def _sample(self, problems: list[Problem]) -> Rollout:

@@ -110,6 +110,11 @@ class ToolSampler:
         """That of the sampler."""
         self.sampler.refresh()
 
+    def summary(self) -> str:
+        """What became of the calls so far, in a line."""
+        text = f"{self.calls} calls answered, {self.failures} without a result"
+        return f"{text} (the first: {self.first_failure})" if self.failures else text
+
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
