@@ -10,10 +10,10 @@ from fastgrpo.functional.checks import (
     describe,
     is_strict,
     needs_grad,
-    raise_on_fault,
     require_flag,
     require_token_ids,
 )
+from fastgrpo.functional.faults import raise_on_fault
 from fastgrpo.functional.linear.gemm import Precision
 from fastgrpo.functional.linear.gradients import Originals
 from fastgrpo.functional.linear.inputs import (
@@ -182,7 +182,10 @@ def linear_grpo_loss(
             results = run_linear_loss(originals, *work, NO_GRADIENT, options)[:5]
     loss, token_loss, logprob, entropy, data = results
     if is_strict():
-        raise_on_fault("linear_grpo_loss", batch.mask & ~token_loss.isfinite())
+        raise_on_fault(
+            "linear_grpo_loss", batch.mask & ~token_loss.isfinite(), shape, weight.shape[0],
+            token_ids=token_ids, hidden=hidden, temperature=temperature, **vars(inputs), weight=weight, bias=bias,
+        )  # fmt: skip
     return PolicyLoss(
         loss,
         token_loss.view(shape),

@@ -12,7 +12,6 @@ from fastgrpo.functional.checks import (
     flatten,
     is_strict,
     needs_grad,
-    raise_on_fault,
     require_device,
     require_flag,
     require_float,
@@ -20,6 +19,7 @@ from fastgrpo.functional.checks import (
     require_shape,
     require_token_ids,
 )
+from fastgrpo.functional.faults import raise_on_fault
 from fastgrpo.functional.grpo_loss import GRPOLossFunction, default_grad_scale
 from fastgrpo.functional.policy_loss import PolicyLossFunction
 from fastgrpo.functional.token_logprob import (
@@ -138,7 +138,10 @@ def policy_loss(
             flat, batch.advantage, batch.mask, batch.weight, *batch.sides(), flat_entropy, *tail
         )
     if is_strict():
-        raise_on_fault("policy_loss", batch.mask & ~token_loss.isfinite())
+        raise_on_fault(
+            "policy_loss", batch.mask & ~token_loss.isfinite(), shape,
+            logprob=logprob, entropy=entropy, **vars(inputs),
+        )  # fmt: skip
     return PolicyLoss(loss, token_loss.view(shape), loss_metrics(data, batch))
 
 
@@ -250,7 +253,10 @@ def grpo_loss(
             rows(logits), *head, *tail, logits.new_empty(0)
         )
     if is_strict():
-        raise_on_fault("grpo_loss", batch.mask & ~token_loss.isfinite())
+        raise_on_fault(
+            "grpo_loss", batch.mask & ~token_loss.isfinite(), shape, logits.shape[-1],
+            token_ids=token_ids, logits=logits, temperature=temperature, **vars(inputs),
+        )  # fmt: skip
     return PolicyLoss(
         loss,
         token_loss.view(shape),

@@ -29,8 +29,9 @@ _policy: ContextVar[str] = ContextVar("fastgrpo_checks", default=_policy_from_en
 def checks(policy: str) -> Iterator[None]:
     """Choose what happens to faults in the data that no shape check can see (a NaN row, an id outside [0, V)).
 
-    "flag" (default) counts them in `metrics["fault"]`, without a sync; "strict" raises after the op, at the
-    price of one sync; "off" ignores them. In each case the faulty row alone is NaN. FASTGRPO_CHECKS sets the default.
+    "flag" (default) counts them in `metrics["fault"]`, without a sync; "strict" raises after the op, naming argument,
+    place, value and rule, at the price of one sync; "off" ignores them. In each case the faulty row alone is NaN.
+    FASTGRPO_CHECKS sets the default.
     """
     if policy not in _POLICIES:
         raise ValueError(f"checks policy must be one of {', '.join(_POLICIES)}, got {policy!r}")
@@ -44,16 +45,6 @@ def checks(policy: str) -> Iterator[None]:
 def is_strict() -> bool:
     """Whether faults raise (never while a graph is traced: raising needs the values)."""
     return not torch.compiler.is_compiling() and _policy.get() == "strict"
-
-
-def raise_on_fault(op: str, faulty: Tensor) -> None:
-    """Raise if any entry of `faulty` [N] bool is set, naming the first rows (one sync)."""
-    if bool(faulty.any()):
-        rows = faulty.nonzero().flatten()[:5].tolist()
-        raise ValueError(
-            f"{op}: {int(faulty.sum())} live token(s) have a NaN or infinite value or an id outside the vocabulary; "
-            f"first rows (flat index): {rows}"
-        )
 
 
 def describe(value: object) -> str:

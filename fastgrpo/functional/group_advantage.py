@@ -268,8 +268,10 @@ def group_advantage(
     advantage, mean, std, is_degenerate, active_index, counts = outputs[:6]
     active, excluded, missing, fault = counts.unbind()
     if is_strict() and bool(fault > 0):
+        where = ", ".join(map(str, reward.isinf().nonzero()[0].tolist()))
         raise ValueError(
-            f"group_advantage: {int(fault)} rows are in groups with an infinite reward"
+            f"group_advantage: reward[{where}] must be finite, or NaN if there is none, got an infinite value; "
+            f"{int(fault)} rows are in such groups"
         )
     return GroupAdvantage(
         advantage, mean, std, is_degenerate, active_index, active, excluded, missing, fault

@@ -9,10 +9,10 @@ from fastgrpo.functional.checks import (
     as_mask,
     flatten,
     is_strict,
-    raise_on_fault,
     require_flag,
     require_token_ids,
 )
+from fastgrpo.functional.faults import raise_on_fault
 from fastgrpo.functional.first_order import first_order_only
 from fastgrpo.functional.linear.gemm import Precision
 from fastgrpo.functional.linear.gradients import Originals
@@ -209,6 +209,9 @@ def apply_scoring(
             *tensors, with_entropy, options, weight_grad_buffer, outputs
         )
     if is_strict():
-        raise_on_fault("linear_token_logprob", results[0].isnan())
+        raise_on_fault(
+            "linear_token_logprob", results[0].isnan(), shape, weight.shape[0],
+            token_ids=token_ids, hidden=hidden, temperature=temperature, weight=weight, bias=bias,
+        )  # fmt: skip
     absent = 1 if not with_entropy else len(results)
     return [value if k == absent else value.view(shape) for k, value in enumerate(results)]

@@ -12,7 +12,6 @@ from fastgrpo.functional.checks import (
     flatten,
     is_strict,
     needs_grad,
-    raise_on_fault,
     require_detached,
     require_device,
     require_flag,
@@ -21,6 +20,7 @@ from fastgrpo.functional.checks import (
     require_shape,
     require_token_ids,
 )
+from fastgrpo.functional.faults import raise_on_fault
 from fastgrpo.functional.first_order import first_order_only
 from fastgrpo.functional.numbers import number_tensor
 from fastgrpo.ops import token_logprob as ops
@@ -227,5 +227,8 @@ def token_logprob(
             rows(logits), ids, live, scale, params, with_entropy
         )
     if is_strict():
-        raise_on_fault("token_logprob", logprob.isnan())
+        raise_on_fault(
+            "token_logprob", logprob.isnan(), shape, logits.shape[-1],
+            token_ids=token_ids, logits=logits, temperature=temperature,
+        )  # fmt: skip
     return TokenLogprob(logprob.view(shape), entropy.view(shape) if with_entropy else None)

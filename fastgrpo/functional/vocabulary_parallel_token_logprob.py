@@ -11,10 +11,10 @@ from fastgrpo.functional.checks import (
     describe,
     flatten,
     is_strict,
-    raise_on_fault,
     require_flag,
     require_token_ids,
 )
+from fastgrpo.functional.faults import raise_on_fault
 from fastgrpo.functional.first_order import first_order_only
 from fastgrpo.functional.linear.gemm import Precision
 from fastgrpo.functional.linear.gradients import Originals
@@ -190,5 +190,9 @@ def vocabulary_parallel_token_logprob(
         reduce_hidden_gradient,
     )
     if is_strict():
-        raise_on_fault("vocabulary_parallel_token_logprob", logprob.isnan())
+        total = size * dist.get_world_size(group) if vocabulary_start is None else None
+        raise_on_fault(
+            "vocabulary_parallel_token_logprob", logprob.isnan(), shape, total,
+            token_ids=token_ids, hidden=hidden, temperature=temperature, weight=weight, bias=bias,
+        )  # fmt: skip
     return TokenLogprob(logprob.view(shape), entropy.view(shape) if with_entropy else None)
