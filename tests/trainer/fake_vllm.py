@@ -28,6 +28,7 @@ class FakeVLLM:
         self.faults: list[str] = []  # each befalls one request to `fault_path`, in order
         self.fault_path = "/v1/completions"
         self.always = ""  # a fault that befalls every one
+        self.dies_after = 10**9  # completions after which it answers no more
         self.lock = threading.Lock()
         handler = type("Bound", (Handler,), {"fake": self})
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -43,6 +44,8 @@ class FakeVLLM:
         return sum(path == p for p, _ in self.requests)
 
     def take_fault(self, path):
+        if self.count("/v1/completions") > self.dies_after:
+            return "drop"
         if path != self.fault_path:
             return ""
         return self.faults.pop(0) if self.faults else self.always

@@ -1,5 +1,6 @@
 """Tool-integrated solutions: where generation stops, what is appended and masked, and that nothing else changes."""
 
+import json
 import re
 
 import pytest
@@ -15,6 +16,7 @@ from fastgrpo.trainer.tasks.base import Problem
 from fastgrpo.trainer.tasks.tokenizer import word_tokenizer
 from fastgrpo.trainer.text import encode_prompts, encode_texts
 from fastgrpo.trainer.tools import CallFormat, ToolError, ToolSampler, find_tool, next_call
+from tests.trainer.test_cli import run_here
 
 EOS, PAD = 1, 0
 SOLUTIONS = {
@@ -248,3 +250,18 @@ def test_a_sandbox_of_the_users(tmp_path):
 def test_a_tokenizer_that_cannot_end_a_call():
     with pytest.raises(ValueError, match="the tokenizer has no token with '='"):
         ToolSampler(Author(None), word_tokenizer(["a"], r"."), Calculator())
+
+
+def test_the_command_line(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "box.py").write_text(SANDBOX)
+    arguments = ["eval", "--model=model", "--job=story", "--questions=4", "--samples=2"]
+    out, _ = run_here([*arguments, "--tools=calculator", "--json"], tmp_path)
+    told = json.loads(out)
+    assert set(told["tool_calls"]) == {"answered", "failed"}
+    assert set(told["scores"]) == {"greedy", "pass@1", "maj@2", "pass@2"}
+    out, _ = run_here([*arguments, "--tools=calculator"], tmp_path)
+    assert "calls answered, " in out
+    _, err = run_here([*arguments, "--tools=box.py:broken"], tmp_path, code=2)
+    assert err.endswith("error: tools box.py:broken: no sandbox here\n")
