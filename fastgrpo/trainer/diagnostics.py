@@ -18,6 +18,10 @@ class Finding(NamedTuple):
     text: str
 
 
+def _mismatch(numbers: Mapping[str, float]) -> bool:
+    return numbers.get("sampling/sampling_logp_difference/mean", 0.0) > MISMATCH
+
+
 FINDINGS = (
     Finding(
         lambda m, c: c.num_iterations == 1 and abs(m["loss"]) < 1e-3 and m["grad_norm"] > 1e-3,
@@ -45,9 +49,16 @@ FINDINGS = (
         "clipping; if it stays while the reward falls, lower learning_rate.",
     ),
     Finding(
-        lambda m, _: m.get("sampling/sampling_logp_difference/mean", 0.0) > MISMATCH,
+        lambda m, c: _mismatch(m) and c.sampler != "vllm",
         "Sampler and trainer disagree on log-probabilities by {sampling/sampling_logp_difference/mean:.3f} on average: "
         "they do not run the same model.",
+    ),
+    Finding(
+        lambda m, c: (
+            _mismatch(m) and c.sampler == "vllm" and not c.vllm_importance_sampling_correction
+        ),
+        "vLLM and trainer disagree on log-probabilities by {sampling/sampling_logp_difference/mean:.3f} on average, as "
+        "other kernels in another precision do: --vllm-importance-sampling-correction makes up for it.",
     ),
     Finding(
         lambda m, _: m.get("fault", 0.0) > 0,
