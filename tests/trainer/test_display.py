@@ -90,6 +90,17 @@ def test_advice_is_given_once_and_only_where_it_applies(changes, words):
     assert diagnostics.advice(CALM | changes) == []
 
 
+def test_a_mismatch_with_vllm_has_a_remedy():
+    config = replace(
+        default_config("story"), sampler="vllm", vllm_server_base_url="http://127.0.0.1:1"
+    )
+    apart = CALM | {"sampling/sampling_logp_difference/mean": 0.02}
+    (text,) = Diagnostics(config).advice(apart)
+    assert "--vllm-importance-sampling-correction makes up for it" in text
+    corrected = replace(config, vllm_importance_sampling_correction=True)
+    assert Diagnostics(corrected).advice(apart) == []
+
+
 def test_a_loss_of_0_needs_no_excuse_off_policy_or_without_gradient():
     still = CALM | {"loss": 0.0, "grad_norm": 0.0}
     assert Diagnostics(default_config("story")).advice(still) == []
@@ -100,4 +111,4 @@ def test_a_loss_of_0_needs_no_excuse_off_policy_or_without_gradient():
 def test_advice_survives_metrics_that_are_not_there():
     bare = {k: v for k, v in CALM.items() if not k.startswith(("kl", "sampling", "fault"))}
     assert Diagnostics(default_config("copy")).advice(bare) == []
-    assert len(FINDINGS) == 7
+    assert len(FINDINGS) == 8
