@@ -1,66 +1,127 @@
 """When a run saves, and how it goes on from what it saved."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastgrpo.trainer import rundir
 from fastgrpo.trainer.checkpoint.contents import (
-    Unusable,
     all_finite,
     contents,
     model_files,
     position,
     restore,
 )
+from fastgrpo.trainer.checkpoint.files import File
 from fastgrpo.trainer.checkpoint.manifest import Invalid
-from fastgrpo.trainer.checkpoint.store import Checkpoint, Store, name_of
+from fastgrpo.trainer.checkpoint.staging import Staging
+from fastgrpo.trainer.checkpoint.store import Checkpoint, Position, Store, name_of
 from fastgrpo.trainer.checkpoint.tree import StateError
+from fastgrpo.trainer.checkpoint.weights import Unusable
 from fastgrpo.trainer.opening import Opened, run_of
 from fastgrpo.trainer.state import State
 
-Progress = Callable[[], dict[str, Any]]
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    place: Position
+    written: Future[Path]
+    announce: bool
 
 
 class Checkpointer:
-    """The checkpoints of one run in `<output_dir>/checkpoints`."""
+    """The checkpoints of one run in `<output_dir>/checkpoints`.
 
-    def __init__(self, state: State, opened: Opened, note: Callable[[str], None]) -> None:
+    With `async_save` a save returns once the state is copied; another thread writes it, reads it back and names it.
+    One is under way at a time: the next waits for it, and so does `finish`.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        opened: Opened,
+        note: Callable[[str], None],
+        sync_metrics: Callable[[], object] = lambda: None,
+    ) -> None:
         config, ranks = state.run.config, state.run.ranks
         folder = opened.folder / rundir.CHECKPOINTS
         self.state = state
         self.store = Store(folder, config.save_total_limit, ranks.rank, ranks.world_size)
+        self.last: Path | None = None  # what the last save left, if it did not fail
         self.failures = 0
-        self.seconds = 0.0
+        self.seconds = 0.0  # that training has waited
         self._opened = opened
         self._note = note
+        self._sync_metrics = sync_metrics
         self._model_files = model_files(state.run) if ranks.is_main else []
+        self._staging, self._threads, self._ranks = None, None, ranks
+        if config.async_save:
+            self._staging, self._threads = Staging(), ThreadPoolExecutor(1, "checkpoint")
+            self._ranks = ranks.apart()
+        self._running: _Save | None = None
         if ranks.is_main:
             self.store.clean()
         ranks.wait()
 
-    def save(self, progress: dict[str, Any]) -> Path | None:
-        """Saves the state as it is; None, with a loud note, if it could not. Every rank has to call this."""
+    def save(self, progress: dict[str, Any], announce: bool = False) -> None:
+        """Saves the state as it is, with a loud note if that fails; `announce`: also says where. Every rank has to call
+        this.
+        """
         begun = time.perf_counter()
-        path = None
-        ranks = self.state.run.ranks
+        self.finish()
+        place, ranks = position(self.state), self.state.run.ranks
         if max(ranks.maxima([not all_finite(self.state.run.policy)])):
-            self._fail("weights are not finite")
-        else:
-            files = contents(self.state, progress, self._model_files)
+            self._fail(place, "weights are not finite")
+        elif self._threads is None or self._staging is None:
+            written: Future[Path] = Future()
+            self._running = _Save(place, written, announce)
             try:
-                path = self.store.save(position(self.state), files, ranks.share)
+                written.set_result(
+                    self._write(place, contents(self.state, progress, self._model_files))
+                )
             except OSError as error:
-                self._fail(error.strerror or str(error))
+                written.set_exception(error)
+            self.finish()
+        else:
+            files = self._staging.collect(
+                partial(contents, self.state, progress, self._model_files)
+            )
+            written = self._threads.submit(self._write, place, files)
+            self._running = _Save(place, written, announce)
         self.seconds += time.perf_counter() - begun
-        return path
 
-    def _fail(self, why: str) -> None:
+    def _write(self, place: Position, files: Iterable[File]) -> Path:
+        self._sync_metrics()  # the checkpoint counts on their being on the disk
+        return self.store.save(place, files, self._ranks.share)
+
+    def poll(self) -> None:
+        """Says how a save in the background went, if it has ended."""
+        if self._running is not None and self._running.written.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for a save in the background, and says how it went."""
+        if self._running is None:
+            return
+        save, self._running = self._running, None
+        try:
+            self.last = save.written.result()
+        except OSError as error:
+            self._fail(save.place, error.strerror or str(error))
+            return
+        if save.announce:
+            self._note(f"saved {self.last}")
+
+    def _fail(self, place: Position, why: str) -> None:
+        self.last = None
         self.failures += 1
         self._note(
-            f"WARNING: checkpoint {name_of(position(self.state))} could not be saved: {why}. Training goes on; earlier "
-            "checkpoints are intact."
+            f"WARNING: checkpoint {name_of(place)} could not be saved: {why}. Training goes on; earlier checkpoints "
+            "are intact."
         )
 
     def resume(self) -> dict[str, Any] | None:

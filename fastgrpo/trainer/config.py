@@ -169,6 +169,9 @@ class TrainConfig:
     """Checkpoint every so many GRPO steps, and after the last; 0: only when a signal asks for one."""
     save_total_limit: int = 2
     """Checkpoints to keep; 0 keeps all."""
+    async_save: bool = False
+    """Write checkpoints in the background: training waits only while the state is copied, which takes as much memory
+    again."""
     resume: str = "never"
     """auto: go on from the newest whole checkpoint in output_dir, or begin if there is none; never: refuse a folder
     that holds a run; or the path of a run or of one of its checkpoints."""
@@ -237,9 +240,6 @@ class TrainConfig:
         below_1 = self.epsilon is None or self.epsilon < 1 or self.objective == "gmpo"
         self._require("epsilon", below_1, "must be below 1")
 
-    def _require(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"{option(name)} {rule}, got {getattr(self, name)!r}")
     def _check_ppo(self) -> None:
         self._require("num_generations", self.num_generations >= 1, "must be at least 1")
         for name in ("gamma", "lam"):
@@ -255,3 +255,6 @@ class TrainConfig:
         rule = "does not belong to --objective ppo, which clips by epsilon on both sides"
         self._require("epsilon_high", self.epsilon_high is None, rule)
 
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{option(name)} {rule}, got {getattr(self, name)!r}")

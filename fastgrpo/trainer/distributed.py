@@ -10,7 +10,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgrpo.trainer.heartbeat import Heartbeat
@@ -36,6 +36,13 @@ class Ranks:
     world_size: int = 1
     kind: str = "none"  # none, ddp or fsdp2
     heartbeat: Heartbeat | None = None
+    group: Any = None  # of the collectives on the CPU; None: torch.distributed's default
+
+    def apart(self) -> "Ranks":
+        """The same ranks for another thread: what it exchanges never meets what this thread exchanges."""
+        if self.world_size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @property
     def is_main(self) -> bool:
@@ -76,7 +83,7 @@ class Ranks:
 
     def _reduce(self, values: Tensor, how: Any) -> Tensor:
         if self.world_size > 1:
-            dist.all_reduce(values, how)
+            dist.all_reduce(values, how, group=self.group)
         return values
 
     def rows(self, mine: Tensor, counts: Sequence[int]) -> Tensor:  # [b, K] -> [B, K]
@@ -86,7 +93,7 @@ class Ranks:
         padded = mine.new_zeros(max(counts), *mine.shape[1:])
         padded[: len(mine)] = mine
         everyone = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(everyone, padded)
+        dist.all_gather(everyone, padded, group=self.group)
         return torch.cat([rows[:n] for rows, n in zip(everyone, counts, strict=True)])
 
     def share(self, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -101,7 +108,7 @@ class Ranks:
 
     def _gather(self, mine: Tensor) -> list[Tensor]:
         everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(everyone, mine)
+        dist.all_gather(everyone, mine, group=self.group)
         return everyone
 
     def wait(self) -> None:
@@ -167,12 +174,3 @@ def shard(policy: nn.Module) -> None:
 def full(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor (every rank has to ask); any other tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(whole: Tensor, sharded: Tensor) -> Tensor:
-    """`whole` laid out as `sharded` is."""
-    if isinstance(sharded, DTensor):
-        return distribute_tensor(
-            whole.to(sharded.device), sharded.device_mesh, sharded.placements, src_data_rank=None
-        )
-    return whole.to(sharded.device)

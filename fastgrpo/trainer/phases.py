@@ -68,7 +68,8 @@ class Phases:
                 self.make_base()
             if self.run.config.check_resume:
                 return check_resume(self.run, self.display.note)
-            self.keeper = Checkpointer(State(self.run), opened, self.display.note)
+            sync = self.recorder.sync if self.run.ranks.is_main else lambda: None
+            self.keeper = Checkpointer(State(self.run), opened, self.display.note, sync)
             self.take_up(self.keeper.resume())
             if self.result.base is None:
                 self.result.base = self.measure("base")
@@ -76,15 +77,17 @@ class Phases:
             self.train()
             self.result.final = self.measure("final")
             self.safe_point()
+            self.keeper.finish()
         except Interrupted:
-            saved = self.save()
+            self.save()
             self.result.stopped = (
                 f"Stopped by the user in phase {self.phase!r}, after {self.steps_done} GRPO steps. "
-                + (f"To go on: fastgrpo train --resume {self.out}" if saved else "")
+                + (f"To go on: fastgrpo train --resume {self.out}" if self.saved() else "")
             )
             return self.interrupt.exit_code
         except (TrainingStopped, RewardFault, SamplerError) as error:
             self.result.stopped = str(error)
+            self.saved()
             return 1
         return 0
 
@@ -99,26 +102,34 @@ class Phases:
         if progress["base"] is not None:
             self.result.base = Evaluation.of(progress["base"])
 
-    def save(self) -> Path | None:
-        """A checkpoint of the present state; None if there is none yet, or it could not be written."""
+    def save(self, announce: bool = False) -> None:
+        """A checkpoint of the present state, if there is one yet."""
         if self.keeper is None:
-            return None
+            return
         base = self.result.base
-        return self.keeper.save(
+        self.keeper.save(
             {
-                "metrics_bytes": self.recorder.sync() if self.run.ranks.is_main else 0,
+                "metrics_bytes": self.recorder.size if self.run.ranks.is_main else 0,
                 "seconds": dict(self.result.seconds),
                 "notes": list(self.result.notes),
                 "base": None if base is None else asdict(base),
-            }
+            },
+            announce,
         )
+
+    def saved(self) -> Path | None:
+        """What the last save left, once it has ended."""
+        if self.keeper is None:
+            return None
+        self.keeper.finish()
+        return self.keeper.last
 
     def safe_point(self) -> None:
         """Obeys signals: the state can be saved here."""
+        if self.keeper is not None:
+            self.keeper.poll()
         if self.interrupt.agree():
-            path = self.save()
-            if path is not None:
-                self.display.note(f"saved {path}")
+            self.save(announce=True)
         self.interrupt.check()
 
     def begin(self, phase: str, total: int) -> None:

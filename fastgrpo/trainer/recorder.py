@@ -25,11 +25,15 @@ class Recorder:
         self._file.truncate(kept.rfind(b"\n") + 1)
         self._evaluated = {r["step"] for r in self.records if r["phase"] == "eval"}
 
-    def sync(self) -> int:
-        """Waits until the disk has every record; returns the size of the file."""
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
         self._file.flush()
-        os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
+
+    def sync(self) -> None:
+        """Waits until the disk has every record; may be called by another thread."""
+        os.fsync(self._file.fileno())
 
     def write(self, phase: str, step: int, numbers: dict[str, float]) -> None:
         """One record; `phase` is sft, grpo or eval."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastgrpo.trainer import closing, distributed, report, rundir
-from fastgrpo.trainer.checkpoint.contents import Unusable
+from fastgrpo.trainer.checkpoint.weights import Unusable
 from fastgrpo.trainer.config import TrainConfig
 from fastgrpo.trainer.display import SilentDisplay, make_display
 from fastgrpo.trainer.distributed import Ranks

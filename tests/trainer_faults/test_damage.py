@@ -142,7 +142,7 @@ def forge(folder: Path, change: Callable[[dict], object]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.update(format=2), "format 2, this fastgrpo reads 1"),
+        (lambda m: m.update(format=3), "format 3, this fastgrpo reads 2"),
         (lambda m: m.update(step=7), "belongs to step-7"),
         (lambda m: m["files"].update({"../x": m["files"]["trainer.json"]}), "unsafe file name"),
         (lambda m: m["files"].update({"a/b": m["files"]["trainer.json"]}), "unsafe file name"),

@@ -6,9 +6,10 @@ from itertools import product
 import pytest
 import torch
 
-from fastgrpo.trainer.checkpoint.contents import Unusable, contents, position, restore
+from fastgrpo.trainer.checkpoint.contents import contents, position, restore
 from fastgrpo.trainer.checkpoint.store import Checkpoint, Store
 from fastgrpo.trainer.checkpoint.tree import StateError, decode, encode, same
+from fastgrpo.trainer.checkpoint.weights import Unusable
 from fastgrpo.trainer.state import State
 from fastgrpo.trainer.train import grpo
 from tests.trainer_faults.runs import SMALL, everything, make_run, timeless, train

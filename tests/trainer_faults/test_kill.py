@@ -21,9 +21,9 @@ from tests.trainer_faults.runs import SMALL, end_of, fork, fork_job, make_run, r
 JOB = replace(SMALL, max_steps=5, eval_steps=2, eval_questions=4, eval_samples=2, resume="auto")
 
 
-def kill_trials(tmp_path: Path, seed: int, trials: int) -> None:
+def kill_trials(tmp_path: Path, seed: int, trials: int, background: bool) -> None:
     """A run is killed at a random moment, taken up, perhaps killed again; its end is compared with one left alone."""
-    rng = random.Random(seed)
+    rng, job = random.Random(seed), replace(JOB, async_save=background)
     alone = tmp_path / "alone"
     begun = time.monotonic()
     assert wait(fork_job(replace(JOB, output_dir=str(alone)))) == 0
@@ -32,7 +32,7 @@ def kill_trials(tmp_path: Path, seed: int, trials: int) -> None:
     killed = 0
     while killed < trials:
         out = tmp_path / f"run-{killed}"
-        config = replace(JOB, output_dir=str(out))
+        config = replace(job, output_dir=str(out))
         for _ in range(20):
             pid = fork_job(config, log := tmp_path / "log")
             time.sleep(rng.uniform(0, duration))
@@ -51,15 +51,17 @@ def kill_trials(tmp_path: Path, seed: int, trials: int) -> None:
         shutil.rmtree(out)
 
 
-def test_twenty_kills_at_random_moments(tmp_path):
-    kill_trials(tmp_path, seed=0, trials=20)
+@pytest.mark.parametrize(("background", "trials"), [(False, 20), (True, 10)])
+def test_kills_at_random_moments(tmp_path, background, trials):
+    kill_trials(tmp_path, 0, trials, background)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
 @pytest.mark.parametrize("seed", range(1, 11))
-def test_two_hundred_kills_at_random_moments(tmp_path, seed):
-    kill_trials(tmp_path, seed, trials=20)
+def test_four_hundred_kills_at_random_moments(tmp_path, seed, background):
+    kill_trials(tmp_path, seed, 20, background)
 
 
 class Counting(files.Disk):

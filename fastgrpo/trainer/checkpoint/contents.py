@@ -1,7 +1,7 @@
 """What a checkpoint of a run consists of, and how a run takes it up again.
 
-model.safetensors, config.json, tokenizer ...   the policy, as `from_pretrained` reads it
-reference, optimizer                            the reference's weights; AdamW's moments and step counts
+model*.safetensors, config.json, tokenizer ...  the policy, as `from_pretrained` reads it
+reference, critic, optimizer                    weights of the reference and of PPO's value model; AdamW's state
 rank-R                                          random numbers and the sampled batch of process R, cursor included
 trainer                                         place in the run, options, what has been reported so far
 """
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fastgrpo.trainer.batch import TokenBatch
 from fastgrpo.trainer.checkpoint import rng, tree
-from fastgrpo.trainer.checkpoint.store import BETWEEN_STEPS, Checkpoint, File, Position
+from fastgrpo.trainer.checkpoint.files import File
+from fastgrpo.trainer.checkpoint.store import BETWEEN_STEPS, Checkpoint, Position
+from fastgrpo.trainer.checkpoint.weights import Keep, StoredTensors, Unusable, part_files
 from fastgrpo.trainer.config import TrainConfig
-from fastgrpo.trainer.distributed import full, like
 from fastgrpo.trainer.microbatch import MicroBatch, Portion
+from fastgrpo.trainer.replay import Replay
 from fastgrpo.trainer.rollout import Rollout
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.state import Scored, State
@@ -31,15 +31,11 @@ from fastgrpo.trainer.tally import Tally
 
 FREE = {
     "output_dir", "overwrite", "threads", "cache_base", "max_steps", "eval_questions",
-    "eval_samples", "eval_temperature", "eval_steps", "save_steps", "save_total_limit", "resume",
+    "eval_samples", "eval_temperature", "eval_steps", "save_steps", "save_total_limit", "async_save", "resume",
     "check_resume", "max_bad_steps", "parallel", "sampling_streams", "dead_rank_seconds",
     "logging_steps", "report", "completions_to_show",
 }  # fmt: skip
 """Options that a resumed run may change and still be the same run."""
-
-
-class Unusable(ValueError):
-    """A whole checkpoint that does not fit this run; the text says where."""
 
 
 def position(state: State) -> Position:
@@ -55,52 +51,42 @@ def model_files(run: Run) -> list[tuple[str, bytes]]:
         return [(path.name, path.read_bytes()) for path in sorted(Path(name).iterdir())]
 
 
+def as_it_is(name: str, tensor: Tensor) -> Tensor:
+    """Nothing is copied: training waits until the checkpoint is on the disk."""
+    return tensor
+
+
 def contents(
-    state: State, progress: dict[str, Any], extra: list[tuple[str, bytes]]
+    state: State, progress: dict[str, Any], extra: list[tuple[str, bytes]], keep: Keep = as_it_is
 ) -> Iterator[File]:
-    """The files of this rank, one after the other; rank 0 has those that all ranks share."""
-    main = state.run.ranks.is_main
-    weights = gathered(state.run.policy.model, keep=main)
-    if main:
+    """The files of this rank, one after the other. Every rank has to run through all of them."""
+    ranks = state.run.ranks
+    if ranks.is_main:
         yield from ((name, [content]) for name, content in extra)
-        yield "model.safetensors", tree.pieces(tree.flatten(weights)[0])
-    del weights
-    if state.reference is not None:
-        weights = gathered(state.reference, keep=main)
-        if main:
-            yield "reference.safetensors", tree.pieces(tree.flatten(weights)[0])
-        del weights
-    optimizer = whole(state.optimizer.state_dict(), keep=main)
-    if main:
-        yield from _part("optimizer", optimizer)
-    del optimizer
-    yield from _part(f"rank-{state.run.ranks.rank}", rank_state(state))
-    if main:
-        yield from _part("trainer", trainer_state(state) | {"progress": progress})
+    for part, tensors in weights(state).items():
+        yield from part_files(part, tree.distinct(tensors)[0], ranks, keep)
+    moments: dict[str, Tensor] = {}
+    form = tree.pack(state.optimizer.state_dict(), moments, "optimizer")
+    yield from part_files("optimizer", moments, ranks, keep)
+    if ranks.is_main:
+        yield "optimizer.json", [tree.describe(form, {})]
+    yield from _part(f"rank-{ranks.rank}", rank_state(state), keep)
+    if ranks.is_main:
+        yield from _part("trainer", trainer_state(state) | {"progress": progress}, keep)
 
 
-def _part(name: str, value: Any) -> Iterator[File]:
-    tensors, text = tree.encode(value, name)
+def weights(state: State) -> dict[str, dict[str, Tensor]]:
+    """Weights by part, under the names that they have in its files."""
+    parts = {"model": dict(state.run.policy.model.state_dict())}
+    for part, module in state.others().items():
+        parts[part] = {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
+    return parts
+
+
+def _part(name: str, value: Any, keep: Keep) -> Iterator[File]:
+    tensors, text = tree.encode(value, name, keep)
     yield f"{name}.safetensors", tensors
     yield f"{name}.json", [text]
-
-
-def gathered(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """All weights, of sharded ones the whole in host memory; a rank that does not keep them only takes part."""
-    state: dict[str, Tensor] = whole(dict(module.state_dict()), keep)
-    return state
-
-
-def whole(value: Any, keep: bool) -> Any:
-    """Nested state with sharded tensors made whole, one after the other."""
-    if isinstance(value, dict):
-        return {key: whole(item, keep) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(whole(item, keep) for item in value)
-    if not isinstance(value, DTensor):
-        return value
-    tensor = full(value)
-    return tensor.cpu() if keep else None
 
 
 def all_finite(module: nn.Module) -> bool:
@@ -111,7 +97,7 @@ def all_finite(module: nn.Module) -> bool:
 
 def trainer_state(state: State) -> dict[str, Any]:
     """The place in the run."""
-    with_grad = [n for n, p in state.run.policy.named_parameters() if p.grad is not None]
+    with_grad = [n for n, p in state.named_parameters().items() if p.grad is not None]
     return {
         "step": state.step,
         "num_tokens": state.num_tokens,
@@ -119,6 +105,13 @@ def trainer_state(state: State) -> dict[str, Any]:
         "micro_batch_size": state.micro_batch_size,
         "num_streams": state.num_streams,
         "with_grad": with_grad,
+        "replay": _values(state.replay),
+        "learned": {
+            name: None
+            if reward.state is None
+            else torch.frombuffer(bytearray(reward.state), dtype=torch.uint8)
+            for name, reward in state.run.rewards.learning.items()
+        },
         "config": asdict(state.run.config),
         "data": fingerprint(state.run.config),
     }
@@ -185,23 +178,25 @@ def restore(state: State, checkpoint: Checkpoint, note: Callable[[str], None]) -
     run = state.run
     stored = checkpoint.part("trainer")
     compare(stored, run.config, note)
-    put(run.policy.model, load(checkpoint.tensors("model")), "model")
-    if state.reference is not None:
-        if not checkpoint.has("reference"):
-            raise Unusable("it has no reference: it was saved with beta = 0")
-        put(state.reference, load(checkpoint.tensors("reference")), "reference")
-    optimizer = checkpoint.part("optimizer")
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    for index, moments in optimizer["state"].items():
-        for name, tensor in moments.items():
-            if tensor.dim():
-                moments[name] = like(tensor, parameters[index])
-    state.optimizer.load_state_dict(optimizer)
-    for name, parameter in run.policy.named_parameters():
+    tensors = StoredTensors(checkpoint.path)
+    tensors.read_module(run.policy.model)
+    for name, module in state.others().items():
+        if not tensors.has(f"{name}."):
+            option = "beta = 0" if name == "reference" else "another objective than ppo"
+            raise Unusable(f"it has no {name}: it was saved with {option}")
+        tensors.read_module(module, f"{name}.")
+    if tensors.has("critic.") and state.critic is None:
+        raise Unusable("it has a critic: it was saved with objective ppo")
+    restore_optimizer(state.optimizer, checkpoint, tensors)
+    for name, parameter in state.named_parameters().items():
         if name in stored["with_grad"]:  # zero_grad makes zeros of them, and Adam moves on
             parameter.grad = torch.zeros_like(parameter)
     for name in ("step", "num_tokens", "bad_updates"):
         setattr(state, name, stored[name])
+    state.replay = Replay(**stored["replay"])
+    for name, reward in run.rewards.learning.items():
+        learned = stored["learned"].get(name)
+        reward.restore(None if learned is None else learned.numpy().tobytes())
     if run.config.per_device_train_batch_size == stored["config"]["per_device_train_batch_size"]:
         state.micro_batch_size = stored["micro_batch_size"]
     _restore_rank(state, checkpoint, stored["num_streams"])
@@ -230,21 +225,18 @@ def _restore_rank(state: State, checkpoint: Checkpoint, num_streams: int) -> Non
     rng.restore(everyone[ranks.rank if ranks.rank < before else 0]["rng"])
 
 
-def put(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
-    """Copies stored weights into a module, sharded or not; of tied ones the checkpoint may have only one."""
-    own = module.state_dict()
-    in_place = {_memory(own[name]): tensor for name, tensor in weights.items() if name in own}
-    for name, tensor in own.items():
-        source = weights.get(name, in_place.get(_memory(tensor)))
-        if source is None or source.shape != tensor.shape:
-            found = "is missing" if source is None else f"has shape {tuple(source.shape)}"
-            raise Unusable(f"{what}: {name} {found}, expected {tuple(tensor.shape)}")
-        tensor.copy_(like(source.to(tensor.dtype), tensor))
-
-
-def _memory(tensor: Tensor) -> tuple[int, torch.Size]:
-    local: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local.data_ptr(), tensor.shape
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, tensors: StoredTensors
+) -> None:
+    """Moments are laid out as their parameters are now."""
+    stored = checkpoint.form("optimizer")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    targets: dict[str, Tensor] = {}
+    for index, moments in stored["state"].items():
+        for key, name in moments.items():
+            moments[key] = targets[name] = tensors.new(name, like=parameters[index])
+    tensors.read_into(targets)
+    optimizer.load_state_dict(stored)
 
 
 def compare(stored: dict[str, Any], config: TrainConfig, note: Callable[[str], None]) -> None:

@@ -6,14 +6,20 @@ Files are made 0600 and folders 0700 whatever the umask: a checkpoint holds prom
 import hashlib
 import os
 import stat
+import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 Buffer = bytes | memoryview
-CHUNK = 16 << 20
-LARGE = 1 << 20
+File = tuple[str, Iterable[Buffer]]
+"""A name and its content in pieces."""
+Entry = tuple[int, str]
+"""Size and SHA-256 of a file."""
+CHUNK = 1 << 20
+WORKERS = 4
+"""Files that are written or hashed at once: SHA-256 takes as long as a fast disk, and hashlib lets threads run."""
 
 
 class Disk:
@@ -44,50 +50,51 @@ class Disk:
 disk = Disk()
 
 
-def write_file(path: Path, content: Iterable[Buffer]) -> tuple[int, str]:
-    """Creates a file of these pieces and waits until the disk has it; returns its size and SHA-256."""
+def write_file(path: Path, content: Iterable[Buffer]) -> Entry:
+    """Creates a file of these pieces and waits until the disk has it; returns its size and SHA-256.
+
+    Raises:
+        OSError: It could not be written, or reads back with other bits than were written.
+    """
     digest, size = hashlib.sha256(), 0
     descriptor = disk.open(path)
     try:
         os.fchmod(descriptor, 0o600)
-        with Hasher(digest) as hasher:
-            for piece in content:
-                left = memoryview(piece)
-                hasher.update(left)
-                size += len(left)
-                while left:
-                    left = left[disk.write(descriptor, left[:CHUNK]) :]
+        for piece in content:
+            left = memoryview(piece)
+            size += len(left)
+            while left:  # hashed while it is in the processor's cache
+                written = disk.write(descriptor, left[:CHUNK])
+                digest.update(left[:written])
+                left = left[written:]
         disk.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return size, digest.hexdigest()
+    entry = size, digest.hexdigest()
+    if hash_file(path, size) != entry:
+        raise OSError(f"{path.name} reads back with other bits than were written")
+    return entry
 
 
-class Hasher:
-    """Hashes large pieces in a thread, so that the disk need not wait for it (hashlib lets other threads run)."""
+def write_files(folder: Path, files: Iterable[File]) -> dict[str, Entry]:
+    """`write_file` of each, some at once. Of an iterator no more is asked for than is being written."""
+    entries: dict[str, Entry] = {}
+    free = threading.Semaphore(WORKERS)
 
-    def __init__(self, digest: Any) -> None:
-        self._digest = digest
-        self._thread: ThreadPoolExecutor | None = None
-        self._last: Future[None] | None = None
+    def write(name: str, content: Iterable[Buffer]) -> None:
+        try:
+            entries[name] = write_file(folder / name, content)
+        finally:
+            free.release()
 
-    def update(self, piece: memoryview) -> None:
-        """Adds a piece; at most one is behind."""
-        if self._last is not None:
-            self._last.result()
-        if len(piece) < LARGE:
-            self._digest.update(piece)
-            return
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1)
-        self._last = self._thread.submit(self._digest.update, piece)
-
-    def __enter__(self) -> "Hasher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._thread is not None:
-            self._thread.shutdown()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        running: list[Future[None]] = []
+        for name, content in files:
+            free.acquire()
+            running.append(pool.submit(write, name, content))
+    for done in running:
+        done.result()
+    return entries
 
 
 def sync_folder(path: Path) -> None:
@@ -129,7 +136,7 @@ def read_file(path: Path, limit: int) -> bytes:
 
 def hash_file(path: Path, limit: int) -> tuple[int, str]:
     """Size and SHA-256 of a plain file, without holding it in memory."""
-    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(LARGE))
+    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(1 << 20))
     with open_plain(path, limit) as file:
         while count := cast(Any, file).readinto(buffer):
             digest.update(buffer[:count])

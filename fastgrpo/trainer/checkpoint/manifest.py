@@ -12,7 +12,7 @@ from typing import Any
 
 from fastgrpo.trainer.checkpoint.files import hash_file, read_file
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+\Z")
 LIMIT_BYTES = 16 << 20

@@ -10,18 +10,27 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastgrpo.trainer.checkpoint import manifest, tree
-from fastgrpo.trainer.checkpoint.files import Buffer, disk, make_private, sync_folder, write_file
+from fastgrpo.trainer.checkpoint.files import (
+    WORKERS,
+    Entry,
+    File,
+    disk,
+    make_private,
+    sync_folder,
+    write_file,
+    write_files,
+)
 
 Position = tuple[int, int]
 """(GRPO steps done, updates done of the step that has begun; -1 between steps)."""
-Entries = dict[str, tuple[int, str]]
-File = tuple[str, Iterable[Buffer]]
-"""A name and its content in pieces."""
+Entries = dict[str, Entry]
 NAME = re.compile(r"step-(\d{1,12})(?:\.u(\d{1,6}))?\Z")
 LEFTOVERS = re.compile(r"\.(tmp|trash)-step-")
 BETWEEN_STEPS = -1
@@ -54,21 +63,22 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Reads every file; raises `Invalid` naming the first that is not as saved."""
-        for name in self.manifest["files"]:
-            manifest.verify(self.path, self.manifest, name)
-
-    def has(self, part: str) -> bool:
-        """Whether there is such a part."""
-        return f"{part}.safetensors" in self.manifest["files"]
-
-    def tensors(self, part: str) -> bytes:
-        """The safetensors file of a part."""
-        return manifest.read_verified(self.path, self.manifest, f"{part}.safetensors")
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(
+                pool.map(partial(manifest.verify, self.path, self.manifest), self.manifest["files"])
+            )
 
     def part(self, part: str) -> Any:
         """The nested state of a part."""
-        text = manifest.read_verified(self.path, self.manifest, f"{part}.json")
-        return tree.decode(self.tensors(part), text)
+        tensors = manifest.read_verified(self.path, self.manifest, f"{part}.safetensors")
+        return tree.decode(tensors, self._text(part))
+
+    def form(self, part: str) -> Any:
+        """`part` with the names of its tensors in their places."""
+        return tree.decode_form(self._text(part))
+
+    def _text(self, part: str) -> bytes:
+        return manifest.read_verified(self.path, self.manifest, f"{part}.json")
 
 
 class Store:
@@ -138,10 +148,14 @@ class Store:
         disk.mkdir(draft)
 
     def _write(self, draft: Path, files: Iterable[File], entries: Entries) -> None:
-        for name, content in files:
-            if not manifest.SAFE_NAME.match(name):
-                raise ValueError(f"file name must match {manifest.SAFE_NAME.pattern}, got {name!r}")
-            entries[name] = write_file(draft / name, content)
+        def safe() -> Iterator[File]:
+            for name, content in files:
+                if not manifest.SAFE_NAME.match(name):
+                    rule = f"must match {manifest.SAFE_NAME.pattern}"
+                    raise ValueError(f"file name {rule}, got {name!r}")
+                yield name, content
+
+        entries.update(write_files(draft, safe()))
 
     def _finish(self, draft: Path, target: Path, position: Position, entries: Entries) -> None:
         sync_folder(draft)

@@ -7,7 +7,7 @@ are not text are marked the same way. Everything else is JSON already. A tensor 
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,29 +50,23 @@ def pack(value: Any, tensors: dict[str, Tensor], at: str) -> Any:
     raise StateError(f"{at} cannot be stored: {type(value).__name__}")
 
 
-def flatten(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def distinct(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors with memory of their own, alias -> name): what shares all of its memory is kept once."""
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[object, str] = {}
     for name, tensor in tensors.items():
-        owner = name
-        if tensor.numel():
-            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-            owner = seen.setdefault(place, name)
-        if owner != name:
+        local: Tensor = getattr(tensor, "_local_tensor", tensor)
+        place = (local.data_ptr(), tensor.shape, local.stride(), tensor.dtype, tensor.device)
+        owner = seen.setdefault(place, name) if tensor.numel() else name
+        if owner == name:
+            kept[name] = tensor
+        else:
             aliases[name] = owner
-            continue
-        own = tensor.cpu().contiguous()
-        if (
-            own.untyped_storage().nbytes() != own.nbytes
-        ):  # a view: safetensors refuses shared memory
-            own = own.clone()
-        kept[name] = own
     return kept, aliases
 
 
-def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+def unpack(value: Any, tensors: Mapping[str, Any]) -> Any:
     """The inverse of `pack`."""
     if isinstance(value, list):
         return [unpack(item, tensors) for item in value]
@@ -97,8 +91,8 @@ def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise StateError(f"stored state has an unknown mark {value[MARK]!r}")
 
 
-def pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file of tensors that `flatten` has made, piece by piece: the weights are not copied for it."""
+def pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece: weights in memory are not copied, others come over one by one."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in tensors.items():
@@ -116,26 +110,54 @@ def pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     yield struct.pack("<Q", len(text)) + text
     for tensor in tensors.values():
         if tensor.nbytes:
-            yield tensor.reshape(-1).view(torch.uint8).numpy().data
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            yield flat.view(torch.uint8).numpy().data
 
 
-def encode(value: Any, root: str) -> tuple[list[bytes | memoryview], bytes]:
-    """(safetensors in pieces, JSON) of a nested state; `root` precedes the names of its tensors."""
+def describe(form: Any, aliases: Mapping[str, str]) -> bytes:
+    """The JSON file beside the tensors of a packed state."""
+    content = {"state": form, "aliases": aliases}
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+def encode(
+    value: Any, root: str, keep: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+) -> tuple[Iterator[bytes | memoryview], bytes]:
+    """(safetensors in pieces, JSON) of a nested state; `root` begins the names of its tensors, `keep` may copy them."""
     tensors: dict[str, Tensor] = {}
     form = pack(value, tensors, root)
-    kept, aliases = flatten(tensors)
-    text = json.dumps({"state": form, "aliases": aliases}, allow_nan=False, separators=(",", ":"))
-    return list(pieces(kept)), text.encode()
+    kept, aliases = distinct(tensors)
+    kept = {name: keep(name, tensor) for name, tensor in kept.items()}
+    return pieces(kept), describe(form, aliases)
 
 
 def decode(tensors: bytes, text: bytes) -> Any:
     """The inverse of `encode`."""
     try:
-        content = json.loads(text)
         loaded = load(tensors)
-        loaded |= {alias: loaded[name] for alias, name in content["aliases"].items()}
-        return unpack(content["state"], loaded)
-    except (SafetensorError, UnicodeDecodeError, ValueError, RecursionError, KeyError) as error:
+    except (SafetensorError, ValueError) as error:
+        raise StateError(f"stored state cannot be read: {error!r}") from None
+    return _decode(text, loaded)
+
+
+class Names(dict[str, str]):
+    """Stands for tensors by their names."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+def decode_form(text: bytes) -> Any:
+    """A nested state with the names of its tensors in their places."""
+    return _decode(text, Names())
+
+
+def _decode(text: bytes, tensors: dict[str, Any]) -> Any:
+    try:
+        content = json.loads(text)
+        tensors |= {alias: tensors[name] for alias, name in content["aliases"].items()}
+        return unpack(content["state"], tensors)
+    except (UnicodeDecodeError, ValueError, RecursionError, KeyError) as error:
         raise StateError(f"stored state cannot be read: {error!r}") from None
 
 
