@@ -122,7 +122,10 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Import a public name from its module when it is first asked for (PEP 562)."""
     if name not in _HOMES:
-        raise AttributeError(f"module 'fastgrpo' has no attribute {name!r}")
+        from fastgrpo.words import did_you_mean
+
+        hint = did_you_mean(name, __all__)
+        raise AttributeError(f"module 'fastgrpo' has no attribute {name!r}.{hint}")
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -16,7 +16,7 @@ from fastgrpo.functional.checks import (
 )
 from fastgrpo.functional.numbers import number_tensor
 from fastgrpo.objective import Objective
-from fastgrpo.reduction import Layout, check_groups, reduction_weight
+from fastgrpo.reduction import Layout, check_groups, reduction_weight, require_objective
 from fastgrpo.reference import SURROGATES
 from fastgrpo.rollout_correction import apply_correction
 
@@ -128,8 +128,7 @@ class _Flattener:
 
 def check_objective(objective: object) -> None:
     """Raise unless this is an Objective whose surrogate exists."""
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be a fastgrpo Objective, got {describe(objective)}")
+    objective = require_objective(objective)
     if objective.surrogate not in ("ratio", "logp", *SURROGATES):
         raise ValueError(
             f"objective.surrogate must be ratio, logp or a name given to fastgrpo.register_surrogate, got "

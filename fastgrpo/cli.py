@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from fastgrpo.trainer.foreign_text import presentable
+from fastgrpo.words import did_you_mean
 
 STARTED = time.time()
 USAGE = "usage: fastgrpo COMMAND [options]      (fastgrpo COMMAND --help lists a command's options)"
@@ -104,12 +105,8 @@ def _overview() -> str:
 
 
 def _unknown(name: str) -> str:
-    from difflib import get_close_matches
-
     available = _available()
-    close = get_close_matches(name, available, n=1)
-    guess = f" Did you mean {close[0]!r}?" if close else ""
-    return f"no command {name!r}.{guess} Commands: {', '.join(available)}"
+    return f"no command {name!r}.{did_you_mean(name, available)} Commands: {', '.join(available)}"
 
 
 def _version() -> str:

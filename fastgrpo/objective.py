@@ -10,7 +10,7 @@ objective is one method.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastgrpo.choices import (
@@ -32,6 +32,7 @@ from fastgrpo.choices import (
 )
 from fastgrpo.encoding import Encoded
 from fastgrpo.spec import MAX_GATES, Level
+from fastgrpo.words import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,21 +41,37 @@ if TYPE_CHECKING:
 def _clip(low: float, high: float, delta: float | None = None) -> dict[str, Any]:
     """PPO bounds; `delta` caps the unclipped branch of min(r A, clip(r) A), whatever the sign of A."""
     for name, value in (
-        ("epsilon_low", low),
+        ("epsilon", low),
         ("epsilon_high", high),
         ("delta", 1.0 if delta is None else delta),
     ):
         number(name, value)
-    require(0 <= low < 1, "epsilon_low must be in [0, 1)", low)
+    require(0 <= low < 1, "epsilon must be in [0, 1)", low)
     require(high >= 0, "epsilon_high must be >= 0", high)
     require(delta is None or delta > 0, "delta must be > 0", delta)
     stop = INF if delta is None else delta
     return {"positive": (-INF, min(1 + high, stop)), "negative": (1 - low, max(1 + high, stop))}
 
 
+PRESET_ARGUMENTS = ("beta", "epsilon", "epsilon_high", "delta")
+
+
+class _Presets(type):
+    """Has the class name its presets where one is misspelt."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(cls, name: str) -> object:
+            own = [n for n, value in vars(cls).items() if isinstance(value, classmethod)]
+            presets = [n for n in own if not n.startswith(("_", "from_"))]
+            raise AttributeError(
+                f"Objective has no preset {name!r}.{did_you_mean(name, presets)} Presets: {', '.join(presets)}"
+            )
+
+
 @typed
 @dataclass(frozen=True, kw_only=True)
-class Objective(Encoded):
+class Objective(Encoded, metaclass=_Presets):
     """What is optimised, as independent choices; build it from a preset and `replace` fields, or field by field.
 
     `surrogate` "ratio": -A * r with the gradient stopped outside the bounds of A's sign; "logp": -A * sg(bounded r) *
@@ -130,7 +147,17 @@ class Objective(Encoded):
         )
 
     def replace(self, **changes: Any) -> "Objective":
-        """Return a copy with some fields changed."""
+        """Return a copy with some fields changed.
+
+        Raises:
+            TypeError: There is no such field.
+        """
+        known = [field.name for field in fields(self)]
+        unknown = next((name for name in changes if name not in known), None)
+        if unknown is not None:
+            preset = f" Pass it to a preset, as in Objective.grpo({unknown}=...)."
+            hint = preset if unknown in PRESET_ARGUMENTS else did_you_mean(unknown, known)
+            raise TypeError(f"Objective has no field {unknown!r}.{hint} Fields: {', '.join(known)}")
         return replace(self, **changes)
 
     @property

@@ -23,6 +23,15 @@ from fastgrpo.functional.groups import require_group_size
 from fastgrpo.objective import Objective
 
 
+def require_objective(value: object) -> Objective:
+    """Return `value` if it is an Objective; a preset's name is a mistake that is met often."""
+    if not isinstance(value, Objective):
+        preset = isinstance(value, str) and hasattr(Objective, value)
+        hint = f"; pass fastgrpo.Objective.{value}()" if preset else ""
+        raise TypeError(f"objective must be a fastgrpo Objective, got {describe(value)}{hint}")
+    return value
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the sequences of a batch are: padded [B, T], or packed [N] with offsets."""
@@ -177,8 +186,7 @@ def global_normalizer(
     require_tensor("mask", mask, (torch.bool, *INTEGERS), "bool or integer")
     if mask.dim() != (2 if cu_seqlens is None else 1):
         raise ValueError(f"mask must be [B, T], or [N] with cu_seqlens, got {describe(mask)}")
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be a fastgrpo Objective, got {describe(objective)}")
+    require_objective(objective)
     layout = Layout.of(mask.shape, cu_seqlens, mask.device)
     check_groups(group_size, group_ids, layout.num_sequences, mask)
     live = as_mask(mask, mask.shape, mask, "the policy").reshape(-1)

@@ -20,7 +20,7 @@ PACKAGE = Path(fastgrpo.__file__).resolve().parent
 
 # Layer -> its top-level modules. Leaves first.
 LAYERS = {
-    "leaf": {"spec", "host", "_host"},
+    "leaf": {"spec", "host", "_host", "words"},
     "reference": {"reference"},
     "kernels": {"kernels"},
     "ops": {"ops"},

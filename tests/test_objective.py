@@ -146,7 +146,7 @@ CONFLICTS = {
         lambda: Objective.vespo().replace(correction=Correction(applies_to="policy_and_kl")),
         "a Gamma shape takes the correction",
     ),
-    "epsilon": (lambda: Objective.grpo(epsilon=1.0), r"epsilon_low must be in \[0, 1\)"),
+    "epsilon": (lambda: Objective.grpo(epsilon=1.0), r"epsilon must be in \[0, 1\)"),
     "epsilon_high": (lambda: Objective.grpo(epsilon_high=-0.1), "epsilon_high must be >= 0"),
     "delta": (lambda: Objective.grpo(delta=0.0), "delta must be > 0"),
     "dual_clip": (lambda: Objective.ppo(dual_clip=1.0), "dual_clip must be > 1"),
@@ -196,6 +196,28 @@ def test_what_cannot_be_meant_is_refused_by_name(name):
     build, message = CONFLICTS[name]
     with pytest.raises((ValueError, TypeError), match=message):
         build()
+
+
+def test_misspelt_names_get_the_closest_one():
+    with pytest.raises(
+        AttributeError, match=r"no preset 'grop'\. Did you mean 'grpo'\? Presets: grpo, dapo"
+    ):
+        Objective.grop()
+    with pytest.raises(
+        TypeError, match=r"no field 'levl'\. Did you mean 'level'\? Fields: name, level"
+    ):
+        Objective.grpo().replace(levl="seq_sum")
+    with pytest.raises(
+        TypeError, match=r"no field 'beta'\. Pass it to a preset, as in Objective\.grpo\(beta"
+    ):
+        Objective.grpo().replace(beta=0.1)
+    assert not hasattr(Objective, "grop")
+
+
+def test_a_name_instead_of_an_objective_says_what_to_pass():
+    arguments = (torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"got str 'dapo'; pass fastgrpo\.Objective\.dapo\(\)"):
+        policy_loss(*arguments, objective="dapo")
 
 
 def test_missing_tensors_are_refused_by_name():

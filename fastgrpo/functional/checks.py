@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+LONGEST = 100
+"""Characters of a value in an error."""
 _POLICIES = ("flag", "off", "strict")
 
 
@@ -48,10 +50,14 @@ def is_strict() -> bool:
 
 
 def describe(value: object) -> str:
-    """Shape, dtype and device of a tensor; type and value of anything else."""
+    """Shape, dtype and device of a tensor; type and shape of other arrays; type and value (cut) of anything else."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    kind = type(value).__name__
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__module__}.{kind} of shape {tuple(value.shape)}, {value.dtype}"
+    text = repr(value)
+    return f"{kind} {text if len(text) <= LONGEST else text[:LONGEST] + '...'}"
 
 
 def is_readable(value: Tensor) -> bool:

@@ -3,10 +3,9 @@
 import io
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +15,7 @@ import yaml
 from fastgrpo.trainer.config import TrainConfig, option
 from fastgrpo.trainer.foreign_text import presentable
 from fastgrpo.trainer.jobs import JOBS, default_config
+from fastgrpo.words import did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -39,6 +39,9 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     """Options of `fastgrpo train [JOB] [--config FILE] [--option value ...]`; later ones win, flags beat the file."""
     rest = list(arguments)
     job = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    named = _take_option(list(rest), "--job")
+    if named is not None:
+        raise SettingsError(f"the job is the first word, not an option: fastgrpo train {named}")
     path = _take_option(rest, "--config") or _config_of_resumed(rest)
     if path is not None:
         options = read_yaml(path)
@@ -47,7 +50,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         rest = [*_as_flags(options), *rest]
     job = job or "story"
     if job not in JOBS:
-        raise SettingsError(f"no job {job!r}.{_guess(job, JOBS)} Jobs: {', '.join(JOBS)}")
+        raise SettingsError(f"no job {job!r}.{did_you_mean(job, JOBS)} Jobs: {', '.join(JOBS)}")
     others = ", ".join(name for name in JOBS if name != job)
     about = (
         f"{JOBS[job].about}\n\nDefaults differ by job; those below are {job}'s. Other jobs: {others} "
@@ -83,7 +86,7 @@ def _one_line(complaint: str, known: Sequence[str]) -> str:
     text = " ".join("\n" if not line.strip("─-") or line[0] == "╭" else line for line in lines)
     unknown = re.search(r"Unrecognized options:\s+([^ ,]+)", text)
     if unknown:
-        return f"no option {unknown[1]!r}.{_guess(unknown[1], known)}"
+        return f"no option {unknown[1]!r}.{did_you_mean(unknown[1], known)}"
     point = next((part.strip() for part in text.split("\n")[1:] if part.strip()), text)
     if point.startswith("Missing from"):
         return f"needs {' and '.join(word for word in point.split() if word in known)}"
@@ -98,7 +101,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     known = [field.name for field in fields(TrainConfig)]
     for key, value in options.items():
         if key not in known:
-            raise SettingsError(f"config file {path}: no option {key!r}.{_guess(str(key), known)}")
+            raise SettingsError(
+                f"config file {path}: no option {key!r}.{did_you_mean(str(key), known)}"
+            )
         if isinstance(value, dict | list):
             raise SettingsError(f"config file {path}: {key} must be a single value, got {value!r}")
     return options
@@ -174,11 +179,6 @@ def _take_option(arguments: list[str], name: str) -> str | None:
             value = value or argument.partition("=")[2]
             del arguments[i]
     return value
-
-
-def _guess(word: str, known: Iterable[str]) -> str:
-    close = get_close_matches(word, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def fail(error: Exception) -> int:

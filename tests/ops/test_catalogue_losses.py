@@ -164,9 +164,9 @@ def test_N19_beta_needs_its_target(name):
 
 
 BAD_HYPERPARAMETERS = [
-    (lambda: Objective.grpo(epsilon=-0.5), r"epsilon_low must be in \[0, 1\), got -0.5"),
-    (lambda: Objective.grpo(epsilon=1.5), r"epsilon_low must be in \[0, 1\), got 1.5"),
-    (lambda: Objective.grpo(epsilon=NAN), r"epsilon_low must be in \[0, 1\), got nan"),
+    (lambda: Objective.grpo(epsilon=-0.5), r"epsilon must be in \[0, 1\), got -0.5"),
+    (lambda: Objective.grpo(epsilon=1.5), r"epsilon must be in \[0, 1\), got 1.5"),
+    (lambda: Objective.grpo(epsilon=NAN), r"epsilon must be in \[0, 1\), got nan"),
     (lambda: Objective.grpo(epsilon_high=-0.1), "epsilon_high must be >= 0, got -0.1"),
     (lambda: Objective.grpo(epsilon_high=NAN), "epsilon_high must be >= 0, got nan"),
     (lambda: Objective.grpo(beta=-1), "beta must be finite and >= 0, got -1"),

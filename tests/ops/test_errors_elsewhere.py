@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,7 +52,7 @@ OBJECTIVES = {
     "shape and bounds": (lambda: Objective(shape=Sigmoid(), positive=(0.0, 1.0)), "a shape replaces the bounds"),
     "custom and bounds": (lambda: Objective(surrogate="x", negative=(0.0, 1.0)), "does its own clipping"),
     "5 gates": (lambda: Objective(gates=(Gate(stat="k1", high=1.0),) * 5), "at most 4 gates .*got 5"),
-    "epsilon": (lambda: Objective.dapo(epsilon=1.0), r"epsilon_low must be in \[0, 1\), got 1.0"),
+    "epsilon": (lambda: Objective.dapo(epsilon=1.0), r"epsilon must be in \[0, 1\), got 1.0"),
     "epsilon_high": (lambda: Objective.gspo(epsilon_high=-1e-3), "epsilon_high must be >= 0, got -0.001"),
     "beta": (lambda: Objective.dapo(beta=-0.1), "KL.beta must be finite and >= 0, got -0.1"),
     "estimator": (lambda: KL(estimator="k5"), "KL.estimator must be one of k1, k2, k3, abs, got 'k5'"),
@@ -86,7 +87,7 @@ OBJECTIVES = {
 OBJECTIVE_TYPES = {
     "epsilon": (
         lambda: Objective.grpo(epsilon="0.2"),
-        "epsilon_low must be a number, got str '0.2'",
+        "epsilon must be a number, got str '0.2'",
     ),
     "epsilon_high": (
         lambda: Objective.dapo(epsilon_high=None),
@@ -277,6 +278,14 @@ def test_register_surrogate_refuses_a_second_registration():
         )
     finally:
         del SURROGATES["test_errors_once"]
+
+
+def test_arrays_of_others_and_long_values_are_described_shortly():
+    ids = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"got numpy\.ndarray of shape \(2, 5000\), float64$"):
+        token_logprob(np.zeros((2, 5000)), ids)
+    with pytest.raises(TypeError, match=r"got list \[\[0\.0.{0,100}\.\.\.$"):
+        token_logprob([[0.0] * 5000] * 2, ids)
 
 
 def test_N39_sharded_tensors_are_refused_with_the_fix():
