@@ -55,6 +55,13 @@ const T* const_data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
+// Results that no cache could hold until they are read are written past it.
+template <class T>
+Store how_to_store(int64_t rows, int64_t cols) {
+  constexpr int64_t kCacheBytes = 32 << 20;
+  return rows * cols * static_cast<int64_t>(sizeof(T)) > kCacheBytes ? Store::kStream : Store::kReplace;
+}
+
 // A bfloat16 gradient has no rest.
 template <class D>
 int64_t num_terms(bool split) {
@@ -86,6 +93,7 @@ void head_logits(Tensor hidden, Tensor weight, Tensor logits) {
   const auto* weight_data = const_data<BFloat16>(weight);
   auto* logits_data = data_of<float>(logits);
   const int64_t k = h.cols, row_tiles = tiles(h.rows), num_blocks = blocks(k);
+  const Store how = how_to_store<float>(h.rows, w.rows);
   const Packed a(row_tiles * kRows * num_blocks * (kBlock / 2));
   const auto tile = [&](int64_t block, int64_t t) {
     return a.get() + (block * (kBlock / 2) * row_tiles + t * pairs(block_size(k, block))) * kRows;
@@ -108,16 +116,21 @@ void head_logits(Tensor hidden, Tensor weight, Tensor logits) {
         const BFloat16* from = weight_data + first * w.stride + block * kBlock;
         pack_cols_transposed(from, w.stride, cols, block_size(k, block), b.get() + block * (kBlock / 2) * kCols);
       }
+      const int64_t next_rows = std::clamp<int64_t>(w.rows - first - kCols, 0, kCols);
       for (int64_t t = 0; t < row_tiles; ++t) {
+        for (int64_t r = next_rows * t / row_tiles; r < next_rows * (t + 1) / row_tiles; ++r) {
+          prefetch(weight_data + (first + kCols + r) * w.stride, k * sizeof(BFloat16));
+        }
         for (int64_t block = 0; block < num_blocks; ++block) {
           const uint32_t* b_block = b.get() + block * (kBlock / 2) * kCols;
           multiply(pairs(block_size(k, block)), tile(block, t), b_block, sum, kCols, block > 0);
         }
         for (int64_t i = t * kRows; i < std::min(h.rows, (t + 1) * kRows); ++i) {
-          store(logits_data + i * out.stride + first, sum + (i - t * kRows) * kCols, cols, false);
+          store(logits_data + i * out.stride + first, sum + (i - t * kRows) * kCols, cols, how);
         }
       }
     }
+    finish_stores();
   });
 }
 
@@ -142,7 +155,13 @@ void add_part(
     for (int64_t panel = 0; panel < col_panels; ++panel) {
       const int64_t first = panel * kCols, cols = std::min<int64_t>(kCols, w.cols - first);
       pack_cols(weight + start * w.stride + first, w.stride, cols, k, b.get());
+      const bool last = panel + 1 == col_panels;
+      const BFloat16* next = weight + (last ? (start + kBlock) * w.stride : start * w.stride + first + kCols);
+      const int64_t next_k = last ? std::clamp<int64_t>(to - start - kBlock, 0, kBlock) : k;
       for (int64_t t = 0; t < terms * row_tiles; ++t) {
+        for (int64_t i = next_k * t / (terms * row_tiles); i < next_k * (t + 1) / (terms * row_tiles); ++i) {
+          prefetch(next + i * w.stride, kCols * sizeof(BFloat16));
+        }
         float* tile = sum + t % row_tiles * kRows * width + first;
         multiply(count, a.get() + t * count * kRows, b.get(), tile, width, start > from || t >= row_tiles);
       }
@@ -197,7 +216,7 @@ void hidden_gradient(
       const int64_t token = std::clamp<int64_t>(residual.token[i], 0, w.rows - 1);
       add_scaled(row, residual.value[i], weight_data + token * w.stride, w.cols);
     }
-    store(out + i * dhidden.stride(0), row, w.cols, false);
+    store(out + i * dhidden.stride(0), row, w.cols, Store::kReplace);
   }
 }
 
@@ -227,6 +246,7 @@ void weight_gradient(
   const int64_t out_stride = dweight.stride(0);
   const int64_t k = d.rows, num_blocks = blocks(k), col_panels = panels(h.cols);
   const int64_t terms = num_terms<D>(split);
+  const Store how = accumulate ? Store::kAdd : how_to_store<Out>(d.cols, h.cols);
   const std::vector<int64_t> order = order_by_token(residual, k, d.cols);
   const Packed b(std::max<int64_t>(num_blocks, 1) * (kBlock / 2) * col_panels * kCols);
   const auto b_block = [&](int64_t block, int64_t panel) {
@@ -248,6 +268,7 @@ void weight_gradient(
     alignas(64) float sum[kRows * kCols] = {};
     for (int64_t slab = begin; slab < end; ++slab) {
       const int64_t first = slab * kSlabRows, rows = std::min(kSlabRows, d.cols - first);
+      const int64_t next_rows = std::clamp<int64_t>(d.cols - first - kSlabRows, 0, kSlabRows);
       for (int64_t block = 0; block < num_blocks; ++block) {
         for (int64_t term = 0; term < terms; ++term) {
           uint32_t* to = a.get() + term * term_size + block * (kBlock / 2) * kSlabRows;
@@ -258,6 +279,9 @@ void weight_gradient(
       }
       for (int64_t panel = 0; panel < col_panels; ++panel) {
         const int64_t col = panel * kCols, cols = std::min<int64_t>(kCols, h.cols - col);
+        for (int64_t i = k * panel / col_panels; i < k * (panel + 1) / col_panels; ++i) {
+          prefetch(dlogits_data + i * d.stride + first + kSlabRows, next_rows * sizeof(D));
+        }
         for (int64_t t = 0; t < tiles(rows); ++t) {
           for (int64_t step = 0; step < terms * num_blocks; ++step) {
             const int64_t block = step % num_blocks, count = pairs(block_size(k, block));
@@ -273,11 +297,12 @@ void weight_gradient(
             add_scaled(row, residual.value[*it], hidden_data + *it * h.stride + col, cols);
           }
           for (int64_t v = top; v < bottom; ++v) {
-            store(out + v * out_stride + col, sum + (v - top) * kCols, cols, accumulate);
+            store(out + v * out_stride + col, sum + (v - top) * kCols, cols, how);
           }
         }
       }
     }
+    finish_stores();
   });
 }
 
@@ -338,7 +363,7 @@ void narrow_rows(Tensor wide, Tensor index, Tensor narrow) {
     STD_TORCH_CHECK(apart || target_at <= source_at, "narrow rows must not run ahead of the wide ones");
     const int64_t grain = apart ? 32768 : from.cols;  // from front to back: what is written has been read
     torch::stable::parallel_for(0, from.cols, grain, [&](int64_t begin, int64_t end) {
-      store(target + begin, source + begin, end - begin, false);
+      store(target + begin, source + begin, end - begin, Store::kReplace);
     });
   }
 }

@@ -82,19 +82,41 @@ inline Interleaved interleave(__m512i even, __m512i odd) {
   return {_mm512_permutex2var_epi16(even, low, odd), _mm512_permutex2var_epi16(even, high, odd)};
 }
 
+// Six registers of 16 pairs become 16 groups of six: register q of the result takes lane (16 q + l) / 6 of row
+// (16 q + l) % 6.
+struct Zip {
+  alignas(64) uint32_t lane[kRows][16];
+  __mmask16 from_row[kRows][kRows];
+
+  constexpr Zip() : lane(), from_row() {
+    for (int q = 0; q < kRows; ++q) {
+      for (int l = 0; l < 16; ++l) {
+        lane[q][l] = (16 * q + l) / kRows;
+        from_row[q][(16 * q + l) % kRows] |= static_cast<__mmask16>(1u << l);
+      }
+    }
+  }
+};
+constexpr Zip kZip;
+
 template <class T>
 void pack_rows_of(const T* a, int64_t stride, int64_t rows, int64_t k, Part part, uint32_t* out) {
-  alignas(64) uint32_t staged[kRows][16];
-  std::memset(staged, 0, sizeof(staged));
+  __m512i row[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    row[i] = _mm512_setzero_si512();
+  }
   for (int64_t at = 0; at < k; at += 32) {
     for (int64_t i = 0; i < rows; ++i) {
-      _mm512_store_si512(staged[i], load_halves(a + i * stride + at, k - at, part));
+      row[i] = load_halves(a + i * stride + at, k - at, part);
     }
-    const int64_t count = std::min<int64_t>(16, pairs(k - at));
-    for (int64_t p = 0; p < count; ++p) {
-      for (int i = 0; i < kRows; ++i) {
-        *out++ = staged[i][p];
+    int64_t left = kRows * pairs(k - at);
+    for (int q = 0; q < kRows && left > 0; ++q, left -= 16, out += 16) {
+      const __m512i lane = _mm512_load_si512(kZip.lane[q]);
+      __m512i zipped = _mm512_permutexvar_epi32(lane, row[0]);
+      for (int i = 1; i < kRows; ++i) {
+        zipped = _mm512_mask_permutexvar_epi32(zipped, kZip.from_row[q][i], lane, row[i]);
       }
+      _mm512_mask_storeu_epi32(out, left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1), zipped);
     }
   }
 }
@@ -200,7 +222,21 @@ void add_scaled(float* c, float factor, const BFloat16* x, int64_t n) {
   }
 }
 
-void store(BFloat16* out, const float* c, int64_t n, bool) {
+// Streaming writes whole cache lines.
+template <class T>
+inline bool is_streamed(const T* out, int64_t n, Store how) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return how == Store::kStream && n % kLine == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
+void store(BFloat16* out, const float* c, int64_t n, Store how) {
+  if (is_streamed(out, n, how)) {
+    for (int64_t i = 0; i < n; i += 32) {
+      const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(c + i + 16), _mm512_loadu_ps(c + i));
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), (__m512i)both);
+    }
+    return;
+  }
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1);
     const __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, c + i));
@@ -208,13 +244,25 @@ void store(BFloat16* out, const float* c, int64_t n, bool) {
   }
 }
 
-void store(float* out, const float* c, int64_t n, bool accumulate) {
-  if (!accumulate) {
+void store(float* out, const float* c, int64_t n, Store how) {
+  if (is_streamed(out, n, how)) {
+    for (int64_t i = 0; i < n; i += 16) {
+      _mm512_stream_ps(out + i, _mm512_loadu_ps(c + i));
+    }
+  } else if (how == Store::kAdd) {
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] += c[i];
+    }
+  } else {
     std::memcpy(out, c, static_cast<size_t>(n) * sizeof(float));
-    return;
   }
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] += c[i];
+}
+
+void finish_stores() { _mm_sfence(); }
+
+void prefetch(const void* begin, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) {
+    _mm_prefetch(static_cast<const char*>(begin) + at, _MM_HINT_T1);
   }
 }
 

@@ -46,8 +46,17 @@ void multiply(int64_t pairs, const uint32_t* a, const uint32_t* b, float* c, int
 // c += factor * x.
 void add_scaled(float* c, float factor, const BFloat16* x, int64_t n);
 
-// out = c rounded; = c; += c.
-void store(BFloat16* out, const float* c, int64_t n, bool accumulate);
-void store(float* out, const float* c, int64_t n, bool accumulate);
+// How a sum becomes part of a result: it replaces it, past the caches where nothing reads it soon, or is added to it.
+enum class Store { kReplace, kStream, kAdd };
+
+// out = c, rounded if need be; += c.
+void store(BFloat16* out, const float* c, int64_t n, Store how);
+void store(float* out, const float* c, int64_t n, Store how);
+
+// Orders streamed results before everything that follows.
+void finish_stores();
+
+// Asks for memory that will be packed while other tiles are multiplied: packing it then does not wait.
+void prefetch(const void* begin, int64_t bytes);
 
 }  // namespace fastgrpo::head
