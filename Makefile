@@ -5,6 +5,7 @@
 #   make bench      every provider on this machine (BENCH="--quick" for a minute); results in runs/bench
 #   make gpu-check  proof on a machine with an NVIDIA GPU, in 9 minutes (GPU_CHECK=--dry-run rehearses on a CPU)
 #   make faults     200 kills, disk faults, damage, dead ranks    make soak   an hour of training under observation (SOAK_S)
+#   make learning   every algorithm on the default job, three seeds each (an hour); results in docs/learning.md
 #   make callgrind  instruction counts of the CPU kernels against the committed baseline
 #
 # TORCH_INDEX=<url>  takes torch from another index, for instance one with its smaller CPU build
@@ -25,7 +26,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := env
-.PHONY: env build train test test-full lint static pytest pytest-interpreter bench gpu-check callgrind faults soak clean
+.PHONY: env build train test test-full lint static pytest pytest-interpreter bench gpu-check callgrind learning faults soak clean
 
 env: $(STAMP)
 
@@ -79,6 +80,10 @@ gpu-check:
 # Exit code 77: nothing to count with, said loudly.
 callgrind: build
 	$(BIN)/python -m benchmarks.callgrind_gate || [ $$? -eq 77 ]
+
+learning: build
+	$(BIN)/python -m benchmarks.learning
+	$(BIN)/python -m benchmarks.readme_tables
 
 # One process: the kills are timed, and the tests fork.
 faults: build

@@ -1,10 +1,11 @@
 """Fills the blocks `<!-- results:NAME -->` ... `<!-- /results:NAME -->` from benchmarks/results: no typed figures.
 
-    python -m benchmarks.readme_tables           rewrite README.md, docs/benchmarks.md and docs/trainer.md
+    python -m benchmarks.readme_tables           rewrite README.md and the pages of docs/ that have blocks
     python -m benchmarks.readme_tables --check   exit code 1 if a block is stale
 
 NAME: cpu, cpu-2-threads, cpu-goals, cpu-all (results/cpu-*.jsonl), gpu (results/gpu-*.jsonl), job-story and
-other jobs (results/jobs.jsonl: the summary.json of one run per line), scaling (results/scaling.json), callgrind.
+other jobs (results/jobs.jsonl: the summary.json of one run per line), learning (results/learning.jsonl), scaling
+(results/scaling.json), callgrind.
 """
 
 import argparse
@@ -24,7 +25,10 @@ from fastgrpo.bench.rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "trainer.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "trainer", "learning")),
+)
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n)(.*?)(<!-- /results:\2 -->)", re.DOTALL)
 NOTHING = "*Not measured yet.*\n"
 PEERS = ("torch.compile", "eager", "TRL", "Liger", "F.linear_cross_entropy")
@@ -184,6 +188,13 @@ def job(name: str) -> str:
     )
 
 
+def learning() -> str:
+    """Every algorithm on the default job."""
+    from benchmarks.learning import report
+
+    return report()
+
+
 def scaling() -> str:
     """The fitted cost model of every op."""
     path = RESULTS / "scaling.json"
@@ -214,6 +225,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cpu-all": everything,
     "gpu": lambda: speed(_gpu(), on_gpu=True),
     **{f"job-{name}": partial(job, name) for name in ("story", "copy", "gsm8k-equations")},
+    "learning": learning,
     "scaling": scaling,
     "callgrind": callgrind,
 }

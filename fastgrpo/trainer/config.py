@@ -15,7 +15,7 @@ ObjectiveName = Literal[
 WITH_EPSILON = (
     "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "gspo_token", "luspo", "gmpo", "rloo", "ppo",
 )  # fmt: skip
-FOR_PPO = ("gamma", "lam", "vf_coef", "cliprange_value", "critic_learning_rate")
+FOR_PPO = ("gamma", "lam", "vf_coef", "cliprange_value")
 
 
 def option(name: str) -> str:
@@ -131,11 +131,9 @@ class TrainConfig:
     lam: float = 0.95
     """Weight of longer returns in generalised advantage estimation: 0 trusts the value model, 1 the rewards alone."""
     vf_coef: float = 0.1
-    """Weight of the value loss beside the policy's: their share of max_grad_norm, which is that of both together."""
+    """Weight of the value loss beside the policy's. One max_grad_norm holds for both together."""
     cliprange_value: float | None = 0.2
     """How far a value may move from what it was when the batch was sampled; none: any way."""
-    critic_learning_rate: float | None = None
-    """Peak learning rate of the value model. Default: 10 times learning_rate."""
 
     # GRPO: optimiser
     learning_rate: float = 1e-4
@@ -245,9 +243,8 @@ class TrainConfig:
         for name in ("gamma", "lam"):
             self._require(name, 0 <= getattr(self, name) <= 1, "must be in [0, 1]")
         self._require("vf_coef", self.vf_coef >= 0, "must be at least 0")
-        for name in ("cliprange_value", "critic_learning_rate"):
-            value = getattr(self, name)
-            self._require(name, value is None or value > 0, "must be above 0")
+        bounded = self.cliprange_value is None or self.cliprange_value > 0
+        self._require("cliprange_value", bounded, "must be above 0")
         rule = "belongs to objectives that compare the completions of a group"
         self._require("scale_rewards", self.scale_rewards != "group", rule)
         rule = "must be off under --objective ppo: the value model learns from every completion"

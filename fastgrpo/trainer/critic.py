@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from fastgrpo.trainer.batch import TokenBatch
 from fastgrpo.trainer.policy import Policy, hidden_rows
 
+LEARNING_RATE_FACTOR = 10
+"""The value model's learning rate over the policy's (verl's and OpenRLHF's default): it starts from knowing nothing."""
+
 
 class Critic(nn.Module):
     """The value model of a policy."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fastgrpo.advantages import GroupAdvantage
-from fastgrpo.trainer.critic import Critic
+from fastgrpo.trainer.critic import LEARNING_RATE_FACTOR, Critic
 from fastgrpo.trainer.distributed import full
 from fastgrpo.trainer.microbatch import Portion
 from fastgrpo.trainer.replay import Replay
@@ -100,11 +100,12 @@ class State:
         return named
 
     def set_learning_rate(self, factor: float) -> None:
-        """A share of the peaks that the options name."""
-        config = self.run.config
-        peaks = (config.learning_rate, config.critic_learning_rate or 10 * config.learning_rate)
-        for group, peak in zip(self.optimizer.param_groups, peaks, strict=False):
-            group["lr"] = peak * factor
+        """A share of the peak, of which the value model has a multiple."""
+        rate = self.run.config.learning_rate * factor
+        policy, *critic = self.optimizer.param_groups
+        policy["lr"] = rate
+        for group in critic:
+            group["lr"] = rate * LEARNING_RATE_FACTOR
 
     @property
     def updates(self) -> int:
