@@ -3,10 +3,11 @@
     python -m fastgrpo.trainer.reward_child SPEC READ_FD WRITE_FD
 
 Requests and answers are lines of JSON on the two file descriptors. Standard output goes to standard error. Requests
-name a method: `score`; and, of objects that learn, `refit`, `save` and `load` (by torch, without pickled code).
+name a method: `score`; and, of objects that learn, `refit`, `save` and `load` (as in checkpoints: nothing is pickled).
 """
 
 import asyncio
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -84,18 +85,23 @@ def respond(reward: Any, method: str, arguments: dict[str, Any]) -> dict[str, An
     if method == "refit":
         call(reward.refit, arguments)
         return {}
-    import torch  # only learning rewards need it
+    from fastgrpo.trainer.checkpoint import tree  # needs torch, which only learning rewards do
 
+    path = Path(arguments["path"])
     if method == "save":
-        torch.save(reward.state_dict(), arguments["path"])
+        path.write_bytes(tree.to_bytes(reward.state_dict()))
     else:
-        reward.load_state_dict(torch.load(arguments["path"], weights_only=True))
+        reward.load_state_dict(tree.from_bytes(path.read_bytes()))
     return {}
 
 
 def main(spec: str, read_fd: int, write_fd: int) -> None:
     """Serves requests until the trainer closes its end."""
     os.dup2(2, 1)
+    with contextlib.suppress(
+        OSError
+    ):  # if memory runs out, the kernel takes this process and not the trainer
+        Path("/proc/self/oom_score_adj").write_text("1000")
     with (
         os.fdopen(read_fd, encoding="utf-8") as requests,
         os.fdopen(write_fd, "w", encoding="utf-8") as answers,

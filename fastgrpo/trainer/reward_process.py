@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastgrpo.trainer.foreign_text import presentable
+
 START_TIMEOUT_S = 60.0
 """For importing the user's module, which may import much."""
 LARGEST_ANSWER = 64 << 20
@@ -50,6 +52,8 @@ class ProcessReward:
             raise RewardFault(
                 f"reward {self.name} must return {len(completions)} values, got {got}"
             )
+        if not all(value is None or isinstance(value, int | float) for value in rewards):
+            raise self._fault("wrote to the connection that its answers come by")
         return rewards
 
     def refit(self, **arguments: Any) -> None:
@@ -62,7 +66,7 @@ class ProcessReward:
         try:
             self._ask("refit", **arguments)
             with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "state.pt"
+                path = Path(folder) / "state"
                 self._ask("save", path=str(path))
                 self.state = path.read_bytes()
         except RewardFault:
@@ -106,7 +110,7 @@ class ProcessReward:
         self.learns = answer["learns"]
         if self.state is not None:
             with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "state.pt"
+                path = Path(folder) / "state"
                 path.write_bytes(self.state)
                 self._ask("load", path=str(path))
 
@@ -151,9 +155,13 @@ class ProcessReward:
             if len(self._buffer) > LARGEST_ANSWER:
                 raise self._fault("returned more than 64 MB")
         line, _, self._buffer = self._buffer.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise RewardFault(f"reward {self.name} {failed}: {answer['error']}")
+        try:
+            answer: dict[str, Any] = json.loads(line)
+            error = answer.get("error")
+        except (ValueError, AttributeError, RecursionError):
+            raise self._fault("wrote to the connection that its answers come by") from None
+        if error is not None:
+            raise RewardFault(presentable(f"reward {self.name} {failed}: {error}"))
         return answer
 
     def _ended(self) -> str:

@@ -138,11 +138,11 @@ def compare_loss(
     else:
         compare(actual.dlogits.where(inside, 0.0), expected.dlogits.where(inside, 0.0), atol)
     size = expected.dlogprob.abs()
-    underflows = bool(((size > 0) & (size < torch.finfo(torch.float32).tiny)).any())
+    smallest = max(SLACK * bounds.upstream_error, torch.finfo(torch.float32).tiny)
+    undecided = int(((size > 0) & (size <= smallest)).sum())  # rounding says whether these are 0
     for name in (*EDGES, "fault"):
-        if name == "active" and underflows:
-            continue
-        assert float(actual.metrics.sum(name)) == float(expected.metrics.sum(name)), name
+        difference = abs(float(actual.metrics.sum(name)) - float(expected.metrics.sum(name)))
+        assert difference <= (undecided if name == "active" else 0), name
     assert float(actual.metrics.count()) == float(expected.metrics.count())
 
 

@@ -140,6 +140,20 @@ def decode(tensors: bytes, text: bytes) -> Any:
     return _decode(text, loaded)
 
 
+def to_bytes(value: Any) -> bytes:
+    """A nested state as one string of bytes: the length of its JSON, the JSON, a safetensors file."""
+    tensors, text = encode(value, "state")
+    return b"".join([struct.pack("<Q", len(text)), text, *tensors])
+
+
+def from_bytes(content: bytes) -> Any:
+    """The inverse of `to_bytes`."""
+    if len(content) < 8:
+        raise StateError("stored state is cut off")
+    end = 8 + struct.unpack_from("<Q", content)[0]
+    return decode(content[end:], content[8:end])
+
+
 class Names(dict[str, str]):
     """Stands for tensors by their names."""
 
