@@ -28,11 +28,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("fastgrpo.trainer.main", "train a model with GRPO: story (default), copy, gsm8k-equations", True),
+    "train": Command("fastgrpo.trainer.main", "GRPO: story (default), copy, gsm8k-equations, gsm8k, custom", True),
     "sft": Command("fastgrpo.trainer.sft_main", "supervised fine-tuning alone", True),
     "eval": Command("fastgrpo.trainer.eval_main", "accuracy of a saved model: greedy, pass@1, maj@k, pass@k"),
     "bench": Command("fastgrpo.bench.main", "time the ops against the reference and other packages"),
-    "plan": Command("fastgrpo.planner", "estimate memory and the largest micro-batch"),
+    "plan": Command("fastgrpo.planner", "memory of a head's loss; --step: a whole step on many GPUs"),
     "verify": Command("fastgrpo.verify", "compare the ops with float64 on your model's head"),
     "reward": Command("fastgrpo.trainer.reward_main", "try a reward function on sample data"),
     "doctor": Command("fastgrpo.doctor", "what this machine has, and what serves each op"),
@@ -58,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastgrpo {_version()} {presentable(' '.join(argv))}", flush=True)
     try:
         code: int = import_module(COMMANDS[name].module).main(rest)
+    except SystemExit as stop:  # parsers end the process themselves, after help or a complaint
+        if isinstance(stop.code, str):
+            raise
+        return stop.code or 0
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

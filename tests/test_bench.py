@@ -8,7 +8,8 @@ import torch
 
 from fastgrpo.bench import step
 from fastgrpo.bench.goals import verdicts
-from fastgrpo.bench.main import cases, main, parser
+from fastgrpo.bench.main import cases, main
+from fastgrpo.bench.options import parse
 from fastgrpo.bench.problems import Case, make_problem
 from fastgrpo.bench.providers import PROVIDERS
 from fastgrpo.bench.providers.base import Contestant, Provider, Unavailable
@@ -200,8 +201,10 @@ def test_only_the_backward_is_timed_and_judged():
 
 def test_stages_of_a_step_come_from_the_trainers_own_times(tmp_path, capsys, monkeypatch):
     """The trainer, replaced here, times itself; the two backends take turns."""
+    turns = []
 
     def train(job, backend, steps, folder, options):
+        turns.append(backend)
         slower = 1 if backend == "auto" else 3
         return {
             "generate": [0.1] * steps,
@@ -210,15 +213,63 @@ def test_stages_of_a_step_come_from_the_trainers_own_times(tmp_path, capsys, mon
         }
 
     monkeypatch.setattr(step, "train", train)
-    assert main(["--what", "step", "--quick", "--job", "copy", "--out", str(tmp_path)]) == 0
+    arguments = [
+        "--what",
+        "step",
+        "--quick",
+        "--job",
+        "copy",
+        "--rounds",
+        "3",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(arguments) == 0
+    assert turns == ["auto", "reference"] * 3
     ours, eager = (json.loads(line) for line in (tmp_path / "step.jsonl").read_text().splitlines())
     assert ours["seconds"] == {"generate": 0.1, "train": 0.2, "step_time": 0.5}
     assert eager["seconds"]["train"] == pytest.approx(0.6)
     assert "600.0" in capsys.readouterr().out
 
 
-def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(SystemExit, match=r"unknown speed; --what takes logprob, loss"):
-        cases(parser().parse_args(["--what", "speed"]))
-    with pytest.raises(ValueError, match=r"unknown preset 'gpt9'; known: one, tiny"):
-        cases(parser().parse_args(["--preset", "gpt9"]))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--what speed",
+            "--what must be some of logprob, loss, linear, advantage, step, got speed",
+        ),
+        ("--dtype int8", "--dtype must be some of float32, bfloat16, float16, got int8"),
+        ("--preset gpt9", "--preset must be one of one, tiny"),
+        ("--tokens 0", "--tokens must be at least 1, got 0"),
+        ("--tokens x", "--tokens must be of type int, got 'x'"),
+        ("--budget 0", "--budget must be above 0, got 0.0"),
+        ("--active 1,2", "--active must be shares in (0, 1], got 1.0, 2.0"),
+        ("--active some", "--active must be numbers with commas between, got 'some'"),
+        ("--device cuda:99", "--device cuda:99 cannot be used: torch"),
+        ("--rouns 3", "no option '--rouns'. Did you mean '--rounds'?"),
+        ("--what step --tokens 4", "--tokens has no effect on --what step"),
+        ("--job copy", "--job belongs to --what step"),
+        ("--what step --job gsm8k", "--job: invalid choice: 'gsm8k'"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert line.endswith("(fastgrpo bench --help)")
+
+
+def test_quick_changes_defaults_and_nothing_that_was_asked_for():
+    quick = parse(["--quick"], "")
+    assert (quick.size, quick.tokens, quick.dtype, quick.budget) == (
+        (64, 2048),
+        128,
+        ["bfloat16"],
+        1.0,
+    )
+    asked = parse(["--quick", "--preset=32x64", "--tokens=7", "--dtype=float32", "--budget=3"], "")
+    assert (asked.size, asked.tokens, asked.dtype, asked.budget) == ((32, 64), 7, ["float32"], 3.0)
+    assert {case.vocabulary for case in cases(asked) if case.what != "advantage"} == {64}

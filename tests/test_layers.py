@@ -63,7 +63,7 @@ BELOW = {
     "integrations": {"leaf", "ops", "functional", "algorithm"},
     "doctor": {"leaf", "ops", "integrations"},
     "verify": {"leaf", "functional"},
-    "planner": {"leaf", "ops", "functional", "algorithm"},
+    "planner": {"leaf", "ops", "functional", "algorithm", "bench"},
     "cli": {"leaf", "ops", "functional", "algorithm", "testing", "trainer", "bench", "doctor"},
 }
 # Foreign packages that a layer may import. None: any; these layers exist to meet other libraries.

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from fastgrpo import planner
-from fastgrpo.planner import PLANS, Case, main, measure
+from fastgrpo.planner import formulas, main
+from fastgrpo.planner.formulas import PLANS, Case
+from fastgrpo.planner.peaks import measure
 
 QUICK = [  # the smallest heads whose peaks dwarf what a process needs anyway
     ("fastgrpo", Case(hidden=512, vocabulary=65_536, tokens=700)),  # one product: no float32 sum
@@ -57,7 +58,7 @@ def test_memory_is_constant_in_the_number_of_tokens():
 
 def test_a_gpu_is_planned_without_one(monkeypatch):
     """80 GiB card: a workspace of 2.5 GiB, float32 logits and their half-precision gradients within it."""
-    monkeypatch.setattr(planner, "default_workspace_bytes", lambda _: 2560 << 20)
+    monkeypatch.setattr(formulas, "default_workspace_bytes", lambda _: 2560 << 20)
     case = Case(hidden=4096, vocabulary=128_256, tokens=8192, device="cuda")
     head = 128_256 * 4096
     workspace = 8192 * 128_256 * 6
@@ -78,6 +79,32 @@ def test_command(capsys):
     assert found["case"]["frozen"]
     planned = {row["name"]: row["planned_bytes"] for row in found["rows"]}
     assert planned["fastgrpo"] < planned["TRL 1.16"] < planned["eager"]
+
+
+def test_a_model_by_name(capsys):
+    assert main(["--preset", "qwen2.5-0.5b", "--tokens", "8", "--device", "cpu"]) == 0
+    assert "(151,936 x 896 bf16" in capsys.readouterr().out
+    for sizes in (
+        [],
+        ["--preset", "one", "--hidden", "8"],
+        ["--hidden", "8"],
+        ["--preset", "gpt9"],
+    ):
+        with pytest.raises(SystemExit):
+            main([*sizes, "--tokens", "8"])
+        assert "--preset" in (error := capsys.readouterr().err) or "--vocab is missing" in error
+
+
+def test_a_whole_step_is_planned_by_the_step_model(capsys):
+    assert main(["--step", "--model", "qwen2.5-7b", "--gpus", "1,8"]) == 0
+    assert capsys.readouterr().out.startswith("policy")
+    with pytest.raises(SystemExit) as stop:
+        main(["--step", "--gpus", "1,some"])
+    assert stop.value.code == 2
+    assert "--gpus must be whole numbers" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["--step", "--mfu", "2"])
+    assert "--mfu must be within 0.01 and 1, got 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", [["--tokens", "0"], ["--active", "2"], ["--dtype", "int8"]])

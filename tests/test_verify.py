@@ -92,9 +92,11 @@ def test_red_on_a_wrong_kernel(broken, models, capsys, monkeypatch):
 
 
 def test_nothing_to_verify(tmp_path, models, capsys):
-    assert main(["--model", str(tmp_path / "nowhere")]) == 2
-    assert "must be a folder or a config.json" in capsys.readouterr().out
+    assert cli(["verify", "--model", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --model must be a folder or a config.json on this machine")
+    assert error.count("\n") == 1
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert main(["--model", str(empty)]) == 2
+    assert cli(["verify", "--model", str(empty)]) == 2
     assert cli(["verify", "--model", models["qwen2"], "--tokens", "4", "--device", "cpu"]) == 0

@@ -101,7 +101,7 @@ def preset(name: str) -> tuple[int, int]:
         if shape.name == name:
             return shape.hidden, shape.vocabulary
     known = ", ".join(shape.name for shape in SHAPES)
-    raise ValueError(f"unknown preset {name!r}; known: {known}, or HIDDENxVOCABULARY")
+    raise ValueError(f"--preset must be one of {known}, or HIDDENxVOCABULARY, got {name!r}")
 
 
 def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:

@@ -39,11 +39,15 @@ def train(job: str, backend: str, steps: int, folder: Path, options: tuple[str, 
 
 
 def breakdown(
-    job: str, steps: int, say: Callable[[str], None], options: tuple[str, ...] = ()
+    job: str,
+    steps: int,
+    say: Callable[[str], None],
+    options: tuple[str, ...] = (),
+    rounds: int = ROUNDS,
 ) -> list[dict[str, object]]:
     """One record per backend: median seconds of the stages and of the step, with every repetition."""
     laps: dict[str, Laps] = {name: defaultdict(list) for name in BACKENDS}
-    for number in range(ROUNDS):
+    for number in range(rounds):
         for name, backend in BACKENDS.items():
             with tempfile.TemporaryDirectory() as folder:
                 for stage, values in train(
@@ -55,7 +59,7 @@ def breakdown(
         medians = {stage: statistics.median(values) for stage, values in stages.items()}
         records.append({"job": job, "provider": name, "seconds": medians, "repetitions": stages})
     names = [stage for stage in records[0]["repetitions"] if stage != "step_time"]  # type: ignore[attr-defined]
-    say(f"\nstep of `fastgrpo train {job}`, median of {ROUNDS * steps} steps, elapsed ms")
+    say(f"\nstep of `fastgrpo train {job}`, median of {rounds * steps} steps, elapsed ms")
     say(f"  {'':18}" + "".join(f"{stage:>12}" for stage in [*names, "step"]))
     for record in records:
         seconds: dict[str, float] = record["seconds"]  # type: ignore[assignment]

@@ -27,6 +27,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from fastgrpo.words import Parser
+
 GIB = 2**30
 NODE = 8  # GPUs that see each other over NVLink
 
@@ -103,6 +105,17 @@ MACHINES = (
     Machine("h100", 790e12, 3.0e12, 78 * GIB, 360e9, 40e9),
 )
 HEADS = ("fused", "recompute", "materialised")
+RANGES = {
+    "completions": (1, math.inf),
+    "prompt_tokens": (0, math.inf),
+    "completion_tokens": (1, math.inf),
+    "micro_tokens": (1, math.inf),
+    "active": (0, 1),
+    "beta": (0, math.inf),
+    "mfu": (0.01, 1),
+    "overlap": (0, 1),
+}
+"""What the options of the command may be."""
 
 
 @dataclass(frozen=True)
@@ -256,24 +269,29 @@ def lines(estimates: list[Estimate], machine: Machine, work: Work) -> Iterator[s
 
 def main(argv: list[str]) -> int:
     """Print the model."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="fastgrpo plan --step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
     p.add_argument("--model", default="all", choices=["all", *(x.name for x in POLICIES)])
     p.add_argument("--machine", default="h200", choices=[x.name for x in MACHINES])
     p.add_argument("--gpus", default="1,8,64,1024", help="comma-separated")
     p.add_argument("--head", default="fused", choices=HEADS)
-    for name, kind in (("completions", int), ("prompt_tokens", int), ("completion_tokens", int), ("micro_tokens", int),
-                       ("active", float), ("beta", float), ("mfu", float), ("overlap", float)):  # fmt: skip
-        option = "--" + name.replace("_", "-")
-        p.add_argument(option, type=kind, default=getattr(Work, name), help="(default %(default)s)")
+    for name in RANGES:
+        option, default = "--" + name.replace("_", "-"), getattr(Work, name)
+        p.add_argument(option, type=type(default), default=default, help="(default %(default)s)")
     p.add_argument("--json", action="store_true", help="one JSON object per row")
     args = p.parse_args(argv)
     machine = next(x for x in MACHINES if x.name == args.machine)
     given = {name: value for name, value in vars(args).items() if name in Work.__dataclass_fields__}
     work = Work(**given)
     chosen = [x for x in POLICIES if args.model in ("all", x.name)]
-    counts = [int(count) for count in args.gpus.split(",")]
+    counts = [int(count) if count.isdecimal() else 0 for count in args.gpus.split(",")]
+    if min(counts) < 1:
+        p.error(f"--gpus must be whole numbers with commas between, got {args.gpus!r}")
+    for name, (low, high) in RANGES.items():
+        if not low <= given[name] <= high:
+            rule = f"must be within {low:g} and {high:g}, got {given[name]:g}"
+            p.error(f"--{name.replace('_', '-')} {rule}")
     estimates = [estimate(policy, machine, work, count) for policy in chosen for count in counts]
     if args.json:
         for e in estimates:

@@ -31,6 +31,8 @@ def load_head(path: str, dtype: torch.dtype | None) -> ModelHead:
     place = Path(path)
     if not place.exists():
         raise ValueError(f"--model must be a folder or a config.json on this machine, got {path!r}")
+    if not (place / "config.json").exists() and (place / "model").is_dir():
+        place /= "model"  # of a run
     config = AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

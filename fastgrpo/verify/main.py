@@ -1,21 +1,22 @@
 """Command line of `fastgrpo verify`."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 
+from fastgrpo.functional.devices import pick_device
 from fastgrpo.verify.compare import Comparison, compare
 from fastgrpo.verify.head import ModelHead, load_head
+from fastgrpo.words import Parser
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Options of the command."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="fastgrpo verify",
         description="Compare the fused head with float64 and with eager code on a model's own head: its vocabulary, "
         "softcap, scale, bias and tied weights. Exit code 0: within bounds; 1: not; 2: nothing to verify.",
@@ -32,9 +33,11 @@ def parser() -> argparse.ArgumentParser:
         choices=DTYPES,
         help="dtype of head and hidden states (default: the checkpoint's)",
     )
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
+    )
+    p.add_argument("--temperature", type=float, default=1.0, help="(default 1)")
+    p.add_argument("--seed", type=int, default=0, help="of hidden states and tokens (default 0)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return p
 
@@ -70,15 +73,18 @@ def render(head: ModelHead, rows: Sequence[Comparison], device: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Verify a model's head; returns the exit code."""
-    options = parser().parse_args(argv)
+    p = parser()
+    options = p.parse_args(argv)
+    if options.tokens < 1:
+        p.error(f"--tokens must be at least 1, got {options.tokens}")
+    if not 0 < options.temperature < float("inf"):
+        p.error(f"--temperature must be above 0, got {options.temperature}")
     try:
+        device = pick_device(options.device)
         head = load_head(options.model, DTYPES.get(options.dtype))
     except (ValueError, OSError) as error:
-        print(f"fastgrpo verify: {error}")
-        return 2
-    rows = compare(
-        head, options.tokens, options.temperature, torch.device(options.device), options.seed
-    )
+        p.error(str(error).splitlines()[0])
+    rows = compare(head, options.tokens, options.temperature, device, options.seed)
     passed = all(row.passed for row in rows)
     if options.json:
         shape = {"vocabulary": head.weight.shape[0], "hidden": head.weight.shape[1]}
@@ -86,5 +92,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = [{**asdict(row), "passed": row.passed} for row in rows]
         print(json.dumps({**shape, **settings, "passed": passed, "results": results}))
     else:
-        print(render(head, rows, options.device))
+        print(render(head, rows, str(device)))
     return 0 if passed else 1
