@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgrpo.trainer.llama import LlamaDecoder, is_plain_llama
@@ -11,6 +12,9 @@ from fastgrpo.trainer.rollout import Rollout, Sampler
 
 COMPACT_AT = 0.25
 """Finished rows leave the batch once they are this share of it: copying the cache costs about two steps."""
+LARGE = 4096
+"""Vocabulary from which a row draws one random number instead of one per token."""
+BLOCK = 256  # tokens
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -20,14 +24,56 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     return ids, torch.tensor([width - len(p) for p in prompts])
 
 
+def noise_buffer(rows: int, logits: Tensor) -> Tensor:
+    """Room for the random numbers of one draw per row: see `choose`."""
+    if logits.shape[1] < LARGE:
+        return logits.new_empty(rows, logits.shape[1])
+    return logits.new_empty(rows, dtype=torch.float64)
+
+
+def draw_noise_(noise: Tensor, generator: torch.Generator) -> Tensor:
+    """Fills the buffer."""
+    if noise.dim() == 2:
+        return noise.exponential_(generator=generator)
+    return noise.uniform_(generator=generator)
+
+
 def choose(
     logits: Tensor, temperature: float, noise: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # [B, V] -> ids [B], log-probabilities [B]
-    """Draws by Gumbel argmax, `argmax(logprob - log(exponential noise))`; without noise takes the likeliest token."""
-    logprob = torch.log_softmax(logits / (temperature or 1.0), -1)
+    """Draws a token per row; without noise takes the likeliest.
+
+    Exponential noise [B, V]: Gumbel argmax, `argmax(logprob - log(noise))`. Uniform noise [B], for large vocabularies,
+    where the random numbers would take most of the time: the inverse of the distribution function, found in two
+    levels, first among blocks of tokens, then in the block.
+    """
+    scaled = logits / (temperature or 1.0)
+    if noise is not None and noise.dim() == 1:
+        return _invert(scaled, noise)
+    logprob = torch.log_softmax(scaled, -1)
     score = logprob if noise is None else logprob - noise.log()
     token_ids = score.argmax(-1)
     return token_ids, logprob.gather(-1, token_ids[:, None])[:, 0]
+
+
+def _invert(scaled: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens at which the distribution functions pass `uniform`, and their log-probabilities."""
+    below_1 = uniform[:, None].clamp(max=1 - 2.0**-50)  # rounding must not lead past the last token
+    top = scaled.amax(-1, keepdim=True)
+    weight = torch.exp(scaled - top)
+    blocks = F.pad(weight, (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    upto = blocks.sum(-1).double().cumsum(-1)
+    total = upto[:, -1:]
+    target = below_1 * total
+    block = torch.searchsorted(upto, target, right=True).clamp_(max=upto.shape[1] - 1)
+    before = torch.where(block > 0, upto.gather(1, (block - 1).clamp(min=0)), 0.0)
+    share = (target - before) / (upto.gather(1, block) - before)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
+    target = share.clamp(0, 1 - 2.0**-50) * inside[:, -1:]
+    place = torch.searchsorted(inside, target, right=True).clamp_(max=BLOCK - 1)
+    token_ids = (block * BLOCK + place).clamp_(max=scaled.shape[1] - 1)
+    logprob = scaled.gather(1, token_ids) - top - total.log().to(scaled.dtype)
+    return token_ids[:, 0], logprob[:, 0]
 
 
 class KVSampler:
@@ -74,7 +120,7 @@ class KVSampler:
         logits, cache = self.decoder.prefill(
             ids.to(self.device), padding.to(self.device), max_new_tokens, num_samples
         )
-        total, vocabulary = logits.shape
+        total = len(logits)
         out_ids = ids.new_full((total, max_new_tokens), self.pad_id).to(self.device)
         out_logprob = logits.new_zeros(total, max_new_tokens)
         lengths = torch.full((total,), max_new_tokens, device=self.device)
@@ -82,12 +128,12 @@ class KVSampler:
         rows = torch.arange(
             total, device=self.device
         )  # the original row of each row still in the batch
-        noise = logits.new_empty(total, vocabulary) if temperature > 0 else None
+        noise = noise_buffer(total, logits) if temperature > 0 else None
         for t in range(max_new_tokens):
             if (
                 noise is not None
             ):  # drawn for all rows, so that a row's noise does not depend on compaction
-                noise.exponential_(generator=self.generator)
+                draw_noise_(noise, self.generator)
             token_ids, logprob = choose(logits, temperature, None if noise is None else noise[rows])
             live = ~ended[rows]
             token_ids = torch.where(live, token_ids, self.pad_id)

@@ -6,7 +6,14 @@ import torch
 from fastgrpo.trainer.batch import make_batch
 from fastgrpo.trainer.llama import LlamaDecoder, is_plain_llama
 from fastgrpo.trainer.policy import Policy
-from fastgrpo.trainer.sampler import KVSampler, TransformersSampler, choose, make_sampler, pad_left
+from fastgrpo.trainer.sampler import (
+    KVSampler,
+    TransformersSampler,
+    choose,
+    draw_noise_,
+    make_sampler,
+    pad_left,
+)
 from tests.trainer.conftest import tiny_llama
 
 EOS, PAD = 1, 0
@@ -96,14 +103,41 @@ def test_temperature_zero_takes_the_likeliest_token(model):
             assert token == int(logits.argmax())
 
 
-def test_draws_follow_the_distribution():
+@pytest.mark.parametrize("kind", ["one number per token", "one number per row"])
+def test_draws_follow_the_distribution(kind):
     # 40,000 draws from 4 tokens: each share has a standard error below .0025; .012 is about 5 of them.
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(40_000, 4)
-    noise = torch.empty(40_000, 4).exponential_(generator=torch.Generator().manual_seed(0))
+    per_token = kind == "one number per token"
+    noise = torch.empty(40_000, 4) if per_token else torch.empty(40_000, dtype=torch.float64)
+    draw_noise_(noise, torch.Generator().manual_seed(0))
     ids, logprob = choose(logits, 0.8, noise)
     expected = torch.softmax(logits[0] / 0.8, -1)
     assert torch.allclose(torch.bincount(ids, minlength=4) / 40_000, expected, atol=0.012)
     assert torch.allclose(logprob, expected.log()[ids], atol=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 5000, 32_000])
+def test_one_number_per_row_inverts_the_distribution_function(vocabulary):
+    """The number that lies in the middle of a token's interval draws that token, in every block and at every edge."""
+    g = torch.Generator().manual_seed(vocabulary)
+    logits = 2 * torch.randn(vocabulary, generator=g)
+    p = torch.softmax(logits.double(), -1)
+    middle = p.cumsum(-1) - p / 2
+    wide = (p > 1e-6).nonzero()[:, 0][
+        :4000
+    ]  # narrower ones are within rounding of their neighbours
+    ids, logprob = choose(logits.expand(len(wide), -1), 1.0, middle[wide])
+    assert torch.equal(ids, wide)
+    assert torch.allclose(logprob.double(), p[wide].log(), atol=1e-5)
+
+
+def test_one_number_per_row_never_draws_what_has_no_probability():
+    logits = torch.full((3, 5000), -torch.inf)
+    logits[:, 700], logits[:, 701] = 0.0, 1.0
+    ends = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    ids, logprob = choose(logits, 1.0, ends)
+    assert ids.tolist() == [700, 701, 701]
+    assert torch.isfinite(logprob).all()
 
 
 def test_a_seed_gives_the_same_samples_and_another_seed_others(model):
