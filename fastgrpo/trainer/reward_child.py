@@ -1,6 +1,6 @@
 """The process in which a user's reward function runs: it can hang, print, crash or exit without harm to the trainer.
 
-    python -m fastgrpo.trainer.reward_child SPEC READ_FD WRITE_FD
+    python -m fastgrpo.trainer.reward_child SPEC READ_FD WRITE_FD MEMORY_BYTES
 
 Requests and answers are lines of JSON on the two file descriptors. Standard output goes to standard error. Requests
 name a method: `score`; and, of objects that learn, `refit`, `save` and `load` (as in checkpoints: nothing is pickled).
@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import json
 import os
+import resource
 import sys
 import threading
 import time
@@ -95,8 +96,10 @@ def respond(reward: Any, method: str, arguments: dict[str, Any]) -> dict[str, An
     return {}
 
 
-def main(spec: str, read_fd: int, write_fd: int) -> None:
-    """Serves requests until the trainer closes its end."""
+def main(spec: str, read_fd: int, write_fd: int, memory_bytes: int) -> None:
+    """Serves requests until the trainer closes its end; with at most so much memory, unless that is 0."""
+    if memory_bytes:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     os.dup2(2, 1)
     with contextlib.suppress(
         OSError
@@ -142,4 +145,4 @@ def _describe(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -19,6 +19,8 @@ from fastgrpo.trainer.foreign_text import presentable
 START_TIMEOUT_S = 60.0
 """For importing the user's module, which may import much."""
 LARGEST_ANSWER = 64 << 20
+GRADING_S, GRADING_BYTES, GRADED_CHARACTERS = 3.0, 4 << 30, 10_000
+"""What a `Grader` grants one completion; of a longer one it reads the end, where answers stand."""
 
 
 class RewardFault(RuntimeError):
@@ -28,10 +30,11 @@ class RewardFault(RuntimeError):
 class ProcessReward:
     """A reward function with TRL's signature that lives in a child process; killed and started afresh after a fault."""
 
-    def __init__(self, spec: str, timeout_s: float) -> None:
+    def __init__(self, spec: str, timeout_s: float, memory_bytes: int = 0) -> None:
         self.spec = spec
         self.name = spec.rpartition(":")[2].removesuffix(".py").rpartition("/")[2]
         self.timeout_s = timeout_s
+        self.memory_bytes = memory_bytes  # 0: no limit
         self.learns = False  # known once it runs: it is an object with `refit`
         self.state: bytes | None = None  # what it has learned
         self._child: subprocess.Popen[bytes] | None = None
@@ -94,7 +97,13 @@ class ProcessReward:
         self._from, write_answer = os.pipe()
         module = "fastgrpo.trainer.reward_child"
         self._child = subprocess.Popen(
-            [sys.executable, "-m", module, self.spec, str(read_request), str(write_answer)],
+            [
+                sys.executable,
+                "-m",
+                module,
+                self.spec,
+                *map(str, (read_request, write_answer, self.memory_bytes)),
+            ],
             stdin=subprocess.DEVNULL,
             pass_fds=(read_request, write_answer),
             start_new_session=True,  # so that whatever it starts can be killed with it
@@ -171,3 +180,39 @@ class ProcessReward:
         except subprocess.TimeoutExpired:
             return "closed its connection"
         return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+
+
+class Grader:
+    """A library's reward on texts of a model, one completion at a time: hostile ones bring it to a halt.
+
+    A completion on which it hangs, crashes or needs too much memory scores 0; all others keep their scores.
+    """
+
+    def __init__(self, spec: str, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._reward = ProcessReward(spec, min(timeout_s, GRADING_S), GRADING_BYTES)
+
+    def __call__(
+        self, *, completions: Sequence[str], answer: Sequence[str], **_: Any
+    ) -> list[float | None]:
+        """Scores completions against the `answer` column.
+
+        Raises:
+            RewardFault: so many completions hang that the batch takes longer than the time-out.
+        """
+        end, rewards = time.monotonic() + self.timeout_s, list[float | None]()
+        for text, gold in zip(completions, answer, strict=True):
+            if time.monotonic() > end:
+                name = self._reward.name
+                raise RewardFault(
+                    f"reward {name} took longer than {self.timeout_s:g} s for {len(completions)} completions"
+                )
+            try:
+                rewards += self._reward(completions=[text[-GRADED_CHARACTERS:]], answer=[gold])
+            except RewardFault:
+                rewards.append(0.0)
+        return rewards
+
+    def stop(self) -> None:
+        """Ends the child."""
+        self._reward.stop()
