@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from fastgrpo.trainer.algorithm import reward_weights
 from fastgrpo.trainer.config import TrainConfig
 from fastgrpo.trainer.replay import Record
 from fastgrpo.trainer.reward_library import SoftOverlong, think_format
-from fastgrpo.trainer.reward_process import ProcessReward, RewardFault
+from fastgrpo.trainer.reward_process import Grader, ProcessReward, RewardFault
 from fastgrpo.trainer.tasks.base import Problem, Reward
 
 NOT_SCORED = float("nan")
@@ -37,7 +38,7 @@ class ExactAnswer:
     ) -> list[float]:
         """Scores completions against the `answer` column."""
         return [
-            float(ids[-1] == self.eos_id and self.parse(text) == gold)
+            float(bool(ids) and ids[-1] == self.eos_id and self.parse(text) == gold)
             for text, ids, gold in zip(completions, completion_ids, answer, strict=True)
         ]
 
@@ -94,9 +95,11 @@ class Rewards:
         if len(values) != count:
             raise ValueError(f"reward {name} must return {count} values, got {len(values)}")
         rewards = [NOT_SCORED if v is None else float(v) for v in values]
-        bad = sum(v is not None and not math.isfinite(v) for v in values)
+        bad = [i for i, v in enumerate(values) if v is not None and not math.isfinite(v)]
         if bad:
-            self._blame(name, bad, f"reward {name} gave {bad} values that are not finite")
+            first = f"{values[bad[0]]} for completion {bad[0]}"
+            what = f"reward {name} gave {len(bad)} values that are not finite: {first}"
+            self._blame(name, len(bad), what + (" and others" if len(bad) > 1 else ""))
             rewards = [v if math.isfinite(v) else NOT_SCORED for v in rewards]
         return rewards
 
@@ -205,7 +208,9 @@ def find_reward(spec: str, config: TrainConfig, own: Mapping[str, Reward]) -> tu
         length = config.max_completion_length
         return spec, SoftOverlong(length, max(1, length // 5))
     if spec == "math_verify":
-        return spec, ProcessReward(f"{LIBRARY}:math_verify", config.reward_timeout)
+        if find_spec("math_verify") is None:
+            raise ValueError("--reward math_verify needs math-verify: pip install 'fastgrpo[math]'")
+        return spec, Grader(f"{LIBRARY}:math_verify", config.reward_timeout)
     if ":" not in spec and not spec.endswith(".py"):
         known = ", ".join([*own, "think_format", "soft_overlong", "math_verify"])
         raise ValueError(f"--reward must be one of {known}, or file.py:function, got {spec!r}")
