@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from fastgrpo.choices import KL, Correction, Gamma, Gate, Reduce, Sigmoid
     from fastgrpo.functional.checks import checks
     from fastgrpo.functional.kl_estimate import kl_estimate
-    from fastgrpo.functional.linear.report import path_report
     from fastgrpo.functional.linear.workspace import release_workspace
     from fastgrpo.functional.linear_token_logprob import linear_token_logprob
     from fastgrpo.functional.linear_token_statistics import (
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from fastgrpo.losses import GRPOLoss, PolicyLoss, grpo_loss, policy_loss
     from fastgrpo.metrics import Metrics
     from fastgrpo.objective import Objective
-    from fastgrpo.ops.backend import backend_report
+    from fastgrpo.ops.report import backend_report
     from fastgrpo.reduction import global_normalizer
     from fastgrpo.row_plan import RowPlan, plan_rows
     from fastgrpo.surrogates import register_surrogate
@@ -56,7 +55,7 @@ _HOMES = {
     "Sigmoid": "fastgrpo.choices",
     "TokenLogprob": "fastgrpo.functional.token_logprob",
     "TokenStatistics": "fastgrpo.functional.linear_token_statistics",
-    "backend_report": "fastgrpo.ops.backend",
+    "backend_report": "fastgrpo.ops.report",
     "checks": "fastgrpo.functional.checks",
     "gae": "fastgrpo.advantages",
     "global_normalizer": "fastgrpo.reduction",
@@ -67,7 +66,6 @@ _HOMES = {
     "linear_support_logprob": "fastgrpo.functional.support_logprob",
     "linear_token_logprob": "fastgrpo.functional.linear_token_logprob",
     "linear_token_statistics": "fastgrpo.functional.linear_token_statistics",
-    "path_report": "fastgrpo.functional.linear.report",
     "plan_rows": "fastgrpo.row_plan",
     "policy_loss": "fastgrpo.losses",
     "process_advantage": "fastgrpo.advantages",
@@ -106,7 +104,6 @@ __all__ = [
     "linear_support_logprob",
     "linear_token_logprob",
     "linear_token_statistics",
-    "path_report",
     "plan_rows",
     "policy_loss",
     "process_advantage",

@@ -1,6 +1,5 @@
-"""`fastgrpo doctor`: what this machine has, which kernel serves each op and why, and what to do about a slow one."""
+"""`fastgrpo doctor`: what this machine has, what serves each function and why, and what to do about a slow one."""
 
-import argparse
 import json
 import platform
 import shutil
@@ -12,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from fastgrpo.integrations.contracts import installed
-from fastgrpo.ops.backend import BackendReport, backend_report
+from fastgrpo.ops.report import BackendReport, backend_report
+from fastgrpo.words import Parser
 
 LIBRARIES = ("transformers", "tokenizers", "safetensors", "numpy", "rich", "tyro")
 HOSTS = (
@@ -35,7 +35,7 @@ class Diagnosis:
     """Everything that `fastgrpo doctor` prints."""
 
     device: str
-    device_type: str  # the key of `report.ops` that counts here: "cuda" or "cpu"
+    device_type: str  # the key of `report.calls` that counts here: "cuda" or "cpu"
     python: str
     tools: dict[str, str | None]  # compiler, nvcc, ninja -> path
     libraries: dict[str, str | None]
@@ -49,10 +49,12 @@ class Diagnosis:
         return {host: found for host, found in self.contracts.items() if found != "ok"}
 
     @property
-    def slow_ops(self) -> dict[str, str]:
-        """The ops without a native kernel for this device, with the reason."""
-        kernels = {name: by_device[self.device_type] for name, by_device in self.report.ops.items()}
-        return {name: f"{k.name} ({k.why})" for name, k in kernels.items() if not k.native}
+    def slow(self) -> dict[str, str]:
+        """The functions without a native kernel for this device, with the reason."""
+        served = {
+            name: by_device[self.device_type] for name, by_device in self.report.calls.items()
+        }
+        return {name: f"{k.name} ({k.why})" for name, k in served.items() if not k.native}
 
 
 def diagnose(check_hosts: bool = False) -> Diagnosis:
@@ -97,8 +99,8 @@ def render(diagnosis: Diagnosis) -> str:
         known = "adapter matches" if found == "ok" else f"adapter does not match: {found}"
         lines.append(f"{host:<20}{known}")
     lines += [""] if diagnosis.contracts else []
-    lines.append(f"{'op':<22}{'on ' + diagnosis.device_type:<20}why")
-    for name, by_device in report.ops.items():
+    lines.append(f"{'function':<22}{'on ' + diagnosis.device_type:<20}why")
+    for name, by_device in report.calls.items():
         kernel = by_device[diagnosis.device_type]
         lines.append(f"{name:<22}{kernel.name:<20}{kernel.why}")
     lines += ["", *(f"note: {note}" for note in report.notes), _verdict(diagnosis)]
@@ -106,8 +108,8 @@ def render(diagnosis: Diagnosis) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report. Returns 0 if every op has a native kernel and every host's adapter matches, else 1."""
-    parser = argparse.ArgumentParser(prog="fastgrpo doctor", description=__doc__)
+    """Print the report. Returns 0 if everything has a native kernel and every host's adapter matches, else 1."""
+    parser = Parser(prog="fastgrpo doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--quick",
@@ -117,18 +119,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     diagnosis = diagnose(check_hosts=not arguments.quick)
     if arguments.json:
-        print(json.dumps({**asdict(diagnosis), "slow_ops": diagnosis.slow_ops}, indent=2))
+        print(json.dumps({**asdict(diagnosis), "slow": diagnosis.slow}, indent=2))
     else:
         print(render(diagnosis))
-    return 1 if diagnosis.slow_ops or diagnosis.broken_contracts else 0
+    return 1 if diagnosis.slow or diagnosis.broken_contracts else 0
 
 
 def _verdict(diagnosis: Diagnosis) -> str:
-    slow = diagnosis.slow_ops
+    slow, total = diagnosis.slow, len(diagnosis.report.calls)
     if not slow:
-        return f"ok: every op has a native kernel for {diagnosis.device_type}."
-    reasons = sorted(set(slow.values()))
-    text = f"slow: {len(slow)} of {len(diagnosis.report.ops)} ops have no native kernel here: {'; '.join(reasons)}."
+        return f"ok: everything has a native kernel for {diagnosis.device_type}."
+    reasons = "; ".join(sorted(set(slow.values())))
+    text = f"slow: {len(slow)} of {total} functions have no native kernel here: {reasons}."
     if "was not built" in text:
         text += " To build: pip install --no-build-isolation --force-reinstall --no-deps fastgrpo"
         needed = ["C++ compiler", "ninja", *(["nvcc"] if "_C_cuda" in text else [])]

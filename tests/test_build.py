@@ -132,8 +132,8 @@ def test_without_compiler_the_wheel_is_pure(pure):
 
 def test_pure_package_works_and_says_so_once(pure):
     code = SERVED + (
-        "import fastgrpo.ops, fastgrpo.losses, fastgrpo.ops.backend as backend\n"
-        "kernel = backend.backend_report().ops['scale_gradient_']['cpu']\n"
+        "import fastgrpo.ops, fastgrpo.losses, fastgrpo.ops.report as report\n"
+        "kernel = report.backend_report().ops['scale_gradient_']['cpu']\n"
         "assert (kernel.name, kernel.why) == ('reference', '_C_cpu.so was not built'), kernel\n"
         "print(served(), fastgrpo.__file__)"
     )
@@ -219,7 +219,7 @@ def test_a_library_that_does_not_load_is_reported_and_replaced(pure, tmp_path):
     tree = shutil.copytree(pure[2], tmp_path / "broken")
     (tree / "fastgrpo" / "_C_cpu.so").write_bytes(b"not a library")
     code = SERVED + (
-        "from fastgrpo.ops.backend import backend_report\n"
+        "from fastgrpo.ops.report import backend_report\n"
         "report = backend_report()\n"
         "assert 'does not load' in report.ops['scale_gradient_']['cpu'].why, report\n"
         "assert any('_C_cpu.so does not load' in note for note in report.notes), report\n"
@@ -240,7 +240,7 @@ def test_a_library_loaded_before_the_ops_takes_precedence(native, pure):
 
 
 REPORT = """
-import fastgrpo.ops.backend as b
+import fastgrpo.ops.report as b
 for op, kernels in b.backend_report().ops.items(): print(op, kernels['cpu'].name, kernels['cpu'].why, sep=" | ")
 """
 REFUSED = (

@@ -7,10 +7,10 @@ from torch.autograd import gradcheck
 from fastgrpo import (
     LinearGRPOLoss,
     Objective,
+    backend_report,
     grpo_loss,
     linear_grpo_loss,
     linear_token_logprob,
-    path_report,
     policy_loss,
     register_surrogate,
 )
@@ -178,7 +178,7 @@ def test_sequences_that_fit_take_three_products(monkeypatch):
     from_hidden(batch, batch.leaves(), objective=objective, workspace_bytes=8 * ROW_BYTES)
     live, idle = int(batch.mask.sum()), int(batch.mask[3].sum())
     assert products.take() == (live, live - idle, live - idle)
-    assert "recomputed" not in path_report()["linear_grpo_loss"]
+    assert "recomputed" not in backend_report().paths["linear_grpo_loss"]
     from_hidden(batch, batch.leaves(), objective=objective, workspace_bytes=6 * ROW_BYTES)
     assert products.take() == (
         live + int(batch.mask[0].sum()),
@@ -187,7 +187,7 @@ def test_sequences_that_fit_take_three_products(monkeypatch):
     )  # 7 tokens do not fit
     assert (
         "1 piece(s) of whole sequences above that, scored and then recomputed"
-        in path_report()["linear_grpo_loss"]
+        in backend_report().paths["linear_grpo_loss"]
     )
 
 

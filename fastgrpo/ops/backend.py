@@ -1,4 +1,4 @@
-"""Which kernel serves which op: loads the compiled libraries, registers Triton's launchers, and reports what it did.
+"""Which kernel serves which op: loads the compiled libraries and registers Triton's launchers.
 
 Every op is defined with the eager reference as its kernel for every device. A kernel under a device's own dispatch key
 takes precedence whatever the order of loading, so "falling back" is nothing but the absence of a better kernel.
@@ -15,13 +15,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from fastgrpo import host, reference
+from fastgrpo import host
 
 NAMESPACE = "fastgrpo"
 BACKENDS = ("auto", "reference", "triton")
@@ -38,32 +37,8 @@ LAUNCHERS = {
 }
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """What serves one op on one device."""
-
-    name: str  # "C++", "CUDA C++", "Triton", "Triton interpreter", "reference" or "none"
-    why: str
-
-    @property
-    def native(self) -> bool:
-        """Whether this is a kernel made for the device."""
-        return self.name in ("C++", "CUDA C++", "Triton")
-
-
-@dataclass(frozen=True)
-class BackendReport:
-    """The answer of `backend_report`."""
-
-    backend: str  # FASTGRPO_BACKEND
-    ops: dict[str, dict[str, Kernel]]  # op -> device type ("cpu", "cuda") -> kernel
-    cpu_isa: str
-    versions: dict[str, str]
-    notes: tuple[str, ...]
-
-
 @dataclass
-class _State:
+class State:
     """What `load` found; why a library or Triton is not used, or the empty string."""
 
     backend: str
@@ -79,31 +54,29 @@ def _backend_from_environment() -> str:
     return backend
 
 
-_state = _State(_backend_from_environment())
+state = State(_backend_from_environment())
 
 
 def load() -> None:
     """Load the libraries and register the launchers; `fastgrpo.ops` calls it once all ops are defined."""
-    if _state.loaded:
+    if state.loaded:
         return
-    _state.loaded = True
+    state.loaded = True
     host.cpu_capability()  # an impossible FASTGRPO_CPU_ISA is an error here, not at the first kernel
-    if _state.backend == "reference":
-        _state.missing = dict.fromkeys(
-            ("_C_cpu", "_C_cuda", "triton"), "FASTGRPO_BACKEND=reference"
-        )
+    if state.backend == "reference":
+        state.missing = dict.fromkeys(("_C_cpu", "_C_cuda", "triton"), "FASTGRPO_BACKEND=reference")
         return
-    if _state.backend == "triton":
-        _state.missing["_C_cpu"] = "FASTGRPO_BACKEND=triton"
+    if state.backend == "triton":
+        state.missing["_C_cpu"] = "FASTGRPO_BACKEND=triton"
     else:
         _load_library("_C_cpu")
     if torch.backends.cuda.is_built():
         _load_library("_C_cuda")
     else:
-        _state.missing["_C_cuda"] = "this torch is built without CUDA"
+        state.missing["_C_cuda"] = "this torch is built without CUDA"
     _register_launchers()
     unbuilt = not (FOLDER / "_C_cpu.so").exists()
-    if unbuilt and _state.backend == "auto" and torch.cuda.device_count() == 0:
+    if unbuilt and state.backend == "auto" and torch.cuda.device_count() == 0:
         warnings.warn(
             "fastgrpo was installed without its compiled CPU kernels: CPU tensors use the eager reference, right but "
             "slow. Install with a C++ compiler and `--no-build-isolation`; `fastgrpo doctor` tells what is missing.",
@@ -114,26 +87,26 @@ def load() -> None:
 def _load_library(name: str) -> None:
     path = FOLDER / f"{name}.so"
     if not path.exists():
-        _state.missing[name] = f"{path.name} was not built"
+        state.missing[name] = f"{path.name} was not built"
         return
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        _state.missing[name] = f"{path.name} does not load: {error}"
-        warnings.warn(f"fastgrpo: {_state.missing[name]}; its ops use slower kernels", stacklevel=3)
+        state.missing[name] = f"{path.name} does not load: {error}"
+        warnings.warn(f"fastgrpo: {state.missing[name]}; its ops use slower kernels", stacklevel=3)
 
 
 def _register_launchers() -> None:
     if find_spec("triton") is None:
-        if _state.backend == "triton":
+        if state.backend == "triton":
             raise ImportError("FASTGRPO_BACKEND=triton, but triton is not installed")
-        _state.missing["triton"] = "triton is not installed"
+        state.missing["triton"] = "triton is not installed"
         return
-    devices = ("cuda", "cpu") if _state.backend == "triton" else ("cuda",)
+    devices = ("cuda", "cpu") if state.backend == "triton" else ("cuda",)
     for op, target in LAUNCHERS.items():
         for device in devices:
             torch.library.register_kernel(f"{NAMESPACE}::{op}", device, _launcher(target, device))
-            _state.triton.add((op, device))
+            state.triton.add((op, device))
 
 
 def _launcher(target: str, device: str) -> Callable[..., object]:
@@ -158,58 +131,4 @@ def _launcher(target: str, device: str) -> Callable[..., object]:
 
 def is_triton(op: str, device: torch.device) -> bool:
     """Whether a Triton launcher serves this op on this device."""
-    return (op, device.type) in _state.triton
-
-
-def _has_kernel(op: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
-
-
-def _cpu_kernel(op: str) -> Kernel:
-    if (op, "cpu") in _state.triton:
-        return Kernel("Triton interpreter", "FASTGRPO_BACKEND=triton")
-    if _has_kernel(op, "CPU"):
-        return Kernel("C++", f"_C_cpu.so on {host.cpu_capability()}")
-    return Kernel("reference", _state.missing.get("_C_cpu", "_C_cpu.so has no kernel for this op"))
-
-
-def _cuda_kernel(op: str) -> Kernel:
-    if not torch.backends.cuda.is_built():
-        return Kernel("none", "this torch is built without CUDA")
-    if (op, "cuda") in _state.triton:
-        return Kernel("Triton", LAUNCHERS[op])
-    if _has_kernel(op, "CUDA"):
-        return Kernel("CUDA C++", "_C_cuda.so")
-    absent = "triton" if op in LAUNCHERS else "_C_cuda"
-    return Kernel("reference", _state.missing.get(absent, f"{absent} has no kernel for this op"))
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def backend_report() -> BackendReport:
-    """Tell which kernel serves each op on each device, and why.
-
-    Reads the dispatcher, so it also tells what was registered by somebody else. Runs no kernel.
-    """
-    prefix = f"{NAMESPACE}::"
-    names = sorted(
-        name.removeprefix(prefix).removesuffix(".default")
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith(prefix)
-    )
-    notes = [f"{name}: {why}" for name, why in _state.missing.items() if "does not load" in why]
-    if reference.SURROGATES:
-        registered = ", ".join(sorted(reference.SURROGATES))
-        notes.append(f"registered surrogates run as torch expressions on CPU: {registered}")
-    return BackendReport(
-        backend=_state.backend,
-        ops={name: {"cpu": _cpu_kernel(name), "cuda": _cuda_kernel(name)} for name in names},
-        cpu_isa=host.cpu_capability(),
-        versions={name: _version(name) for name in ("fastgrpo", "torch", "triton")},
-        notes=tuple(notes),
-    )
+    return (op, device.type) in state.triton

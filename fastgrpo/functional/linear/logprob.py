@@ -9,7 +9,6 @@ from fastgrpo.functional.linear.gemm import Head
 from fastgrpo.functional.linear.gradients import HeadGradients, Needs, Originals
 from fastgrpo.functional.linear.inputs import LinearOptions
 from fastgrpo.functional.linear.plan import PlannedRows
-from fastgrpo.functional.linear.report import note_path
 from fastgrpo.functional.linear.rows import Selection
 from fastgrpo.functional.linear.score import (
     Scored,
@@ -20,6 +19,7 @@ from fastgrpo.functional.linear.score import (
     score_rows,
 )
 from fastgrpo.functional.linear.workspace import Workspace
+from fastgrpo.ops.report import note_path
 
 
 def select_rows(wanted: Tensor, total: int, capacity: int | None) -> Selection:

@@ -14,7 +14,6 @@ from fastgrpo.functional.linear.gemm import Head
 from fastgrpo.functional.linear.gradients import HeadGradients, Needs, Originals
 from fastgrpo.functional.linear.inputs import LinearOptions
 from fastgrpo.functional.linear.plan import PlannedRows, RowClasses
-from fastgrpo.functional.linear.report import note_path
 from fastgrpo.functional.linear.rows import Chunk, Selection
 from fastgrpo.functional.linear.score import (
     Scored,
@@ -25,6 +24,7 @@ from fastgrpo.functional.linear.score import (
     score_rows,
 )
 from fastgrpo.functional.linear.workspace import Workspace
+from fastgrpo.ops.report import note_path
 from fastgrpo.ops.surrogates import run_grpo_loss, run_policy_loss
 from fastgrpo.spec import NUM_METRICS
 
