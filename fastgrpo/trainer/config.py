@@ -51,6 +51,20 @@ class TrainConfig:
     model_name_or_path: str | None = None
     """Folder of a model that `save_pretrained` wrote, to start from instead of making a base."""
 
+    use_peft: bool = False
+    """Train a LoRA adapter instead of all weights (needs --model-name-or-path; docs/long_runs.md)."""
+    lora_r: int = 16
+    """Rank of the adapter's matrices."""
+    lora_alpha: int = 32
+    """The adapter's update is scaled by lora_alpha / lora_r."""
+    lora_target_modules: str | None = None
+    """Linear layers that get an adapter, with commas between, or all-linear. Default: peft's for the architecture."""
+    bf16: bool = False
+    """Compute in bfloat16. Weights that are trained and their moments stay float32; those of an adapter's model and of
+    the sampler's copy are kept in bfloat16."""
+    gradient_checkpointing: bool = False
+    """Keep no activations inside a block: backward computes them again. Less memory, about a third more time."""
+
     # Rewards (docs/trainer.md)
     reward: str | None = None
     """What completions are rewarded for, several with commas between: a reward of the job (exact_answer), think_format,
@@ -196,7 +210,7 @@ class TrainConfig:
         """Reject what cannot be meant, naming the option."""
         at_least_1 = (
             "threads sft_batch_size prompts_per_step max_completion_length num_iterations eval_samples "
-            "per_device_train_batch_size logging_steps steps_per_generation max_bad_steps"
+            "per_device_train_batch_size logging_steps steps_per_generation max_bad_steps lora_r lora_alpha"
         )
         at_least_0 = (
             "sft_steps max_steps ref_sync_steps warmup_steps eval_questions eval_steps completions_to_show "
@@ -212,6 +226,8 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, "must be at least 0")
         for name in above_0.split():
             self._require(name, getattr(self, name) > 0, "must be above 0")
+        rule = "must be 0 with --use-peft: the reference is the model without its adapter"
+        self._require("ref_sync_steps", not (self.use_peft and self.ref_sync_steps), rule)
         rule = "must name servers under --sampler vllm, and nothing otherwise"
         named = self.vllm_server_base_url is not None
         self._require("vllm_server_base_url", named == (self.sampler == "vllm"), rule)

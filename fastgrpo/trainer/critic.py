@@ -10,7 +10,7 @@ import copy
 from torch import Tensor, nn
 
 from fastgrpo.trainer.batch import TokenBatch
-from fastgrpo.trainer.policy import Policy, hidden_rows
+from fastgrpo.trainer.policy import Policy, half_precision, hidden_rows
 
 LEARNING_RATE_FACTOR = 10
 """The value model's learning rate over the policy's (verl's and OpenRLHF's default): it starts from knowing nothing."""
@@ -23,11 +23,14 @@ class Critic(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(policy.model.get_decoder())
         weight = policy.model.get_output_embeddings().weight
+        self.bf16 = policy.bf16
         self.head = nn.Linear(weight.shape[1], 1, device=weight.device)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, batch: TokenBatch) -> Tensor:  # [N] float32
         """The value of the state before each completion token."""
-        value: Tensor = self.head(hidden_rows(self.model, batch).float())[:, 0]
+        with half_precision(batch, self.bf16):
+            hidden = hidden_rows(self.model, batch)
+        value: Tensor = self.head(hidden.float())[:, 0]
         return value

@@ -6,7 +6,6 @@ the loss is divided by D / world_size, D being the normaliser of all ranks toget
 """
 
 import contextlib
-import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -62,10 +61,6 @@ class Ranks:
         if self.kind == "fsdp2":
             shard(policy)
         return policy
-
-    def unsharded_copy(self, model: nn.Module) -> nn.Module:
-        """What samplers read: the model itself, or under FSDP2 a full copy of it."""
-        return copy.deepcopy(model).requires_grad_(False) if self.kind == "fsdp2" else model
 
     def quiet(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a pass: DDP exchanges gradients in the last one only."""
@@ -162,13 +157,21 @@ def env_rank() -> int:
 
 
 def shard(policy: nn.Module) -> None:
-    """FSDP2: every block is gathered when it runs; embedding, norm and head once per pass, as the loss is inside."""
-    from torch.distributed.fsdp import fully_shard
+    """FSDP2: every block is gathered when it runs; embedding, norm and head once per pass, as the loss is inside.
 
+    If the policy computes in bfloat16, it is gathered in bfloat16; gradients are added up in float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    precision = MixedPrecisionPolicy(cast_forward_inputs=False)  # advantages stay float32
+    if getattr(policy, "bf16", False):
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     model: Any = policy.get_submodule("model")
     for block in model.get_decoder().layers:
-        fully_shard(block)
-    fully_shard(policy)
+        fully_shard(block, mp_policy=precision)
+    fully_shard(policy, mp_policy=precision)
 
 
 def full(tensor: Tensor) -> Tensor:

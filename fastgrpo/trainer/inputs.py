@@ -24,7 +24,13 @@ def check_inputs(config: TrainConfig) -> None:
     if job in FROM_FILES and config.data is None:
         raise SettingsError(f"the job {job} needs --data FILE, e.g. --data train.jsonl")
     if config.model_name_or_path is not None:
-        model_folder("--model-name-or-path", config.model_name_or_path)
+        folder = model_folder("--model-name-or-path", config.model_name_or_path)
+        if config.use_peft and (folder / "adapter_config.json").exists():
+            raise SettingsError(
+                f"--use-peft cannot adapt what has an adapter: {folder} (the folder model of a run has it merged)"
+            )
+    elif config.use_peft:
+        raise SettingsError("--use-peft needs --model-name-or-path DIR, the model to adapt")
     elif job in NEED_MODEL:
         raise SettingsError(f"the job {job} needs --model-name-or-path DIR, a model to train")
     for spec in (config.reward or "").split(","):

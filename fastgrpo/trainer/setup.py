@@ -5,6 +5,7 @@ import platform
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from fastgrpo.functional.devices import pick_device
+from fastgrpo.trainer.adapter import add_adapter, base_of, identity, merge_adapter
 from fastgrpo.trainer.algorithm import make_objective
 from fastgrpo.trainer.config import TrainConfig
 from fastgrpo.trainer.distributed import Ranks
 from fastgrpo.trainer.inputs import check_inputs, model_folder
 from fastgrpo.trainer.jobs import make_task
-from fastgrpo.trainer.policy import Policy
+from fastgrpo.trainer.policy import Policy, recompute_blocks
 from fastgrpo.trainer.rewards import Rewards, make_rewards
 from fastgrpo.trainer.rollout import Sampler, SamplerError
 from fastgrpo.trainer.sampler import make_sampler
@@ -50,6 +52,7 @@ class Run:
     device: torch.device
     ranks: Ranks = field(default_factory=Ranks)
     sampled: Any = None  # the model that samplers read, where it is not the policy's own (FSDP2)
+    base_sha256: str | None = None  # of the model that an adapter changes
     servers: Sequence[VLLMServer] = ()
     rewards: Rewards = field(init=False)
 
@@ -108,11 +111,21 @@ def make_run(config: TrainConfig, ranks: Ranks | None = None) -> Run:
         tokenizer: PreTrainedTokenizerBase = task.tokenizer()
         model: Any = LlamaForCausalLM(task.model.llama_config(task.tokenizer()))
     else:
-        tokenizer, model = load_pretrained(config.model_name_or_path)
+        half = config.bf16 and config.use_peft  # trained weights are float32, these will not be
+        tokenizer, model = load_pretrained(
+            config.model_name_or_path, torch.bfloat16 if half else torch.float32
+        )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-    policy = Policy(model.to(device), config.temperature).eval()  # no dropout: the sampler has none
+    if config.use_peft:
+        add_adapter(model, config)
+    if config.gradient_checkpointing:
+        recompute_blocks(model)
+    policy = Policy(model.to(device), config.temperature, config.bf16)
+    policy.eval()  # no dropout: the sampler has none
     run = Run(config, task, tokenizer, policy, device, ranks or Ranks())
+    if config.use_peft:
+        run.base_sha256 = identity(Path(model.name_or_path))
     if config.vllm_server_base_url is not None:
         try:
             run.servers = connect(
@@ -123,8 +136,10 @@ def make_run(config: TrainConfig, ranks: Ranks | None = None) -> Run:
     return run
 
 
-def load_pretrained(path: str) -> tuple[PreTrainedTokenizerBase, Any]:
-    """Tokenizer and model, in float32, of a folder or of the run that it lies in. Nothing is unpickled.
+def load_pretrained(
+    path: str, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedTokenizerBase, Any]:
+    """Tokenizer and model of a folder or of the run that it lies in; an adapter is merged. Nothing is unpickled.
 
     Raises:
         ValueError: The folder has no such thing, or what it has cannot be read.
@@ -132,9 +147,15 @@ def load_pretrained(path: str) -> tuple[PreTrainedTokenizerBase, Any]:
     folder = model_folder("--model-name-or-path", path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, **LOCAL
+        base = base_of(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder if base is None else model_folder(f"the base model of {folder}", base),
+            dtype=dtype,
+            use_safetensors=True,
+            **LOCAL,
         )
+        if base is not None:
+            model = merge_adapter(model, folder)
     except (OSError, ValueError, SafetensorError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"the model in {folder} cannot be read: {why}") from None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fastgrpo.advantages import GroupAdvantage
+from fastgrpo.trainer.adapter import WithoutAdapter, is_adapted, plain_copy, write_merged
 from fastgrpo.trainer.critic import LEARNING_RATE_FACTOR, Critic
 from fastgrpo.trainer.distributed import full
 from fastgrpo.trainer.microbatch import Portion
@@ -53,9 +54,11 @@ class State:
         self.micro_batch_size = config.per_device_train_batch_size
         self.scored: Scored | None = None
         self.replay = Replay()
-        run.sampled = ranks.unsharded_copy(run.policy.model)
-        self.reference = None
-        if config.beta > 0:
+        run.sampled = to_sample_from(run)
+        self.reference: nn.Module | WithoutAdapter | None = None
+        if config.beta > 0 and is_adapted(run.policy.model):
+            self.reference = WithoutAdapter(run.policy)
+        elif config.beta > 0:
             self.reference = copy.deepcopy(run.policy).requires_grad_(False)
             if ranks.kind == "fsdp2":
                 ranks.wrap(self.reference)
@@ -63,11 +66,9 @@ class State:
         # What is called to train; `run.policy` and `critic` hold the same weights.
         self.model = ranks.wrap(run.policy)
         self.value_model = None if self.critic is None else ranks.wrap(self.critic)
-        groups = [list(run.policy.parameters())]
-        if self.critic is not None:
-            groups.append(list(self.critic.parameters()))
+        trained = [run.policy] if self.critic is None else [run.policy, self.critic]
         self.optimizer = torch.optim.AdamW(
-            [{"params": group} for group in groups],
+            [{"params": [p for p in net.parameters() if p.requires_grad]} for net in trained],
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
         )
@@ -88,16 +89,16 @@ class State:
         return torch.Generator(self.run.device).manual_seed(seed).get_state()
 
     def others(self) -> dict[str, nn.Module]:
-        """The networks beside the policy, by name."""
+        """The networks beside the policy, by name. A reference that is the policy without its adapter is none."""
         both = {"reference": self.reference, "critic": self.critic}
-        return {name: module for name, module in both.items() if module is not None}
+        return {name: net for name, net in both.items() if isinstance(net, nn.Module)}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """All that is trained, in the optimizer's order."""
         named = dict(self.run.policy.named_parameters())
         if self.critic is not None:
             named |= {f"critic.{name}": p for name, p in self.critic.named_parameters()}
-        return named
+        return {name: p for name, p in named.items() if p.requires_grad}
 
     def set_learning_rate(self, factor: float) -> None:
         """A share of the peak, of which the value model has a multiple."""
@@ -159,7 +160,9 @@ class State:
     @torch.no_grad()
     def publish(self) -> None:
         """Lets the sampler draw from the policy as it is now."""
-        if self.run.sampled is not self.run.policy.model:
+        if is_adapted(self.run.policy.model):
+            write_merged(self.run.policy.model, self.run.sampled)
+        elif self.run.sampled is not self.run.policy.model:
             weights = self.run.policy.model.state_dict()
             for name, tensor in self.run.sampled.state_dict().items():
                 tensor.copy_(full(weights[name]))
@@ -175,7 +178,7 @@ class State:
     @torch.no_grad()
     def renew_reference(self) -> None:
         """Iterative GRPO: the policy becomes the reference."""
-        if self.reference is not None:
+        if isinstance(self.reference, nn.Module):
             pairs = zip(self.reference.parameters(), self.run.policy.parameters(), strict=True)
             for theirs, ours in pairs:
                 theirs.copy_(ours)
@@ -202,6 +205,18 @@ class State:
         """This rank's advantages out of those of the whole step."""
         before = sum(self.counts[: self.run.ranks.rank])
         return advantage.advantage[before : before + self.counts[self.run.ranks.rank]]
+
+
+def to_sample_from(run: Run) -> nn.Module:
+    """The model that samplers read: the policy's own, unless that is sharded, adapted, or computes in bfloat16."""
+    model: nn.Module = run.policy.model
+    if is_adapted(model):
+        copied = plain_copy(model)
+    elif run.ranks.kind == "fsdp2" or run.policy.bf16:
+        copied = copy.deepcopy(model).requires_grad_(False)
+    else:
+        return model
+    return copied.to(torch.bfloat16) if run.policy.bf16 else copied
 
 
 def grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float) -> float:

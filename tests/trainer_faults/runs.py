@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
+from fastgrpo.trainer.adapter import add_adapter
 from fastgrpo.trainer.checkpoint.contents import contents
 from fastgrpo.trainer.checkpoint.store import Checkpoint
 from fastgrpo.trainer.config import TrainConfig
 from fastgrpo.trainer.jobs import default_config, make_task
-from fastgrpo.trainer.policy import Policy
+from fastgrpo.trainer.policy import Policy, recompute_blocks
 from fastgrpo.trainer.run import run_job
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.state import State
@@ -49,9 +50,14 @@ def make_run(config: TrainConfig) -> Run:
     task = make_task(config)
     tokenizer = task.tokenizer()
     model = tiny_llama(tokenizer, hidden_size=16, intermediate_size=24, max_position_embeddings=32)
-    return Run(
-        config, task, tokenizer, Policy(model, config.temperature).eval(), torch.device("cpu")
-    )
+    if config.use_peft:
+        model.to(torch.bfloat16 if config.bf16 else torch.float32)
+        torch.manual_seed(config.seed)
+        add_adapter(model, config)
+    if config.gradient_checkpointing:
+        recompute_blocks(model)
+    policy = Policy(model, config.temperature, config.bf16).eval()
+    return Run(config, task, tokenizer, policy, torch.device("cpu"))
 
 
 def train(state: State, safe_point: Callable[[], None] = lambda: None) -> list[dict[str, float]]:

@@ -71,6 +71,7 @@ def five_steps(config, ranks: Ranks, out: Path, resume: Path | None = None) -> N
     """Trains; the first rank leaves weights, metrics and, of steps 2 and 2.u3, checkpoints."""
     run = make_run(config)
     run.ranks = ranks
+    ranks.broadcast(run.policy.model)
     state = State(run)
     store = Store(out / "checkpoints", 0, ranks.rank, ranks.world_size)
     if resume is not None:
@@ -139,6 +140,55 @@ def test_two_ranks_train_as_one_does(alone, tmp_path, kind):
     # In the middle of a step the same number of processes goes on, to the bit.
     train_ranks(
         replace(FIVE, parallel=kind), 2, tmp_path / "mid", out / "checkpoints" / "step-2.u3"
+    )
+    assert difference(tmp_path / "mid", out) == 0
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_train_an_adapter_as_one_does(tmp_path, kind):
+    """LoRA with recomputed blocks; the reference is the same sharded model with its adapter off."""
+    pytest.importorskip("peft")
+    config = replace(
+        FIVE,
+        use_peft=True,
+        lora_r=4,
+        gradient_checkpointing=True,
+        ref_sync_steps=0,
+        learning_rate=1e-2,
+    )
+    five_steps(config, Ranks(), alone := tmp_path / "alone")
+    train_ranks(replace(config, parallel=kind), 2, out := tmp_path / kind)
+    assert difference(out, alone) <= 1e-5
+    names = load_file(out / "weights.safetensors")
+    start = make_run(config).policy.model.state_dict()
+    moved = {name for name in names if not torch.equal(names[name], start[name])}
+    assert moved == {name for name in names if "lora_" in name}
+    for mine, theirs in zip(numbers_of(out), numbers_of(alone), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    stored = {path.name for path in (out / "checkpoints" / "step-2").glob("*.safetensors")}
+    assert "adapter_model.safetensors" in stored
+    assert not any(name.startswith(("model", "reference")) for name in stored)
+    five_steps(config, Ranks(), tmp_path / "one", out / "checkpoints" / "step-2")
+    assert difference(tmp_path / "one", alone) <= 1e-5
+    train_ranks(
+        replace(config, parallel=kind), 2, tmp_path / "mid", out / "checkpoints" / "step-2.u3"
+    )
+    assert difference(tmp_path / "mid", out) == 0
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_compute_in_bfloat16(tmp_path, kind, lora):
+    """One step from the same weights: the gradient is that of one process to bfloat16 rounding, and goes on exactly."""
+    config = replace(FIVE, bf16=True, use_peft=lora, max_steps=3, ref_sync_steps=0)
+    train_ranks(replace(config, parallel=kind), 2, out := tmp_path / kind)
+    five_steps(config, Ranks(), alone := tmp_path / "alone")
+    mine, theirs = (numbers_of(path)[0] for path in (out, alone))
+    assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
+    assert mine["reward"] == theirs["reward"]
+    assert mine["kl"] == pytest.approx(theirs["kl"], rel=0.1)
+    train_ranks(
+        replace(config, parallel=kind), 2, tmp_path / "mid", out / "checkpoints" / "step-2.u3"
     )
     assert difference(tmp_path / "mid", out) == 0
 

@@ -1,6 +1,6 @@
 """What a checkpoint of a run consists of, and how a run takes it up again.
 
-model*.safetensors, config.json, tokenizer ...  the policy, as `from_pretrained` reads it
+model*.safetensors, config.json, tokenizer ...  the policy, as `from_pretrained` reads it; of LoRA its adapter alone
 reference, critic, optimizer                    weights of the reference and of PPO's value model; AdamW's state
 rank-R                                          random numbers and the sampled batch of process R, cursor included
 trainer                                         place in the run, options, what has been reported so far
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.trainer.adapter import FILE as ADAPTER
+from fastgrpo.trainer.adapter import NAME, adapter_tensors, is_adapted
 from fastgrpo.trainer.batch import TokenBatch
 from fastgrpo.trainer.checkpoint import rng, tree
 from fastgrpo.trainer.checkpoint.files import File
@@ -48,6 +50,8 @@ def model_files(run: Run) -> list[tuple[str, bytes]]:
     with tempfile.TemporaryDirectory() as name:
         run.policy.model.config.save_pretrained(name)
         run.tokenizer.save_pretrained(name)
+        if is_adapted(run.policy.model):
+            run.policy.model.peft_config[NAME].save_pretrained(name)
         return [(path.name, path.read_bytes()) for path in sorted(Path(name).iterdir())]
 
 
@@ -64,7 +68,8 @@ def contents(
     if ranks.is_main:
         yield from ((name, [content]) for name, content in extra)
     for part, tensors in weights(state).items():
-        yield from part_files(part, tree.distinct(tensors)[0], ranks, keep)
+        one_file = part == ADAPTER  # peft reads no more
+        yield from part_files(part, tree.distinct(tensors)[0], ranks, keep, one_file)
     moments: dict[str, Tensor] = {}
     form = tree.pack(state.optimizer.state_dict(), moments, "optimizer")
     yield from part_files("optimizer", moments, ranks, keep)
@@ -77,7 +82,10 @@ def contents(
 
 def weights(state: State) -> dict[str, dict[str, Tensor]]:
     """Weights by part, under the names that they have in its files."""
-    parts = {"model": dict(state.run.policy.model.state_dict())}
+    model = state.run.policy.model
+    parts = {"model": dict(model.state_dict())}
+    if is_adapted(model):
+        parts = {ADAPTER: adapter_tensors(model)}
     for part, module in state.others().items():
         parts[part] = {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
     return parts
@@ -113,6 +121,7 @@ def trainer_state(state: State) -> dict[str, Any]:
             for name, reward in state.run.rewards.learning.items()
         },
         "config": asdict(state.run.config),
+        "base_sha256": state.run.base_sha256,
         "data": fingerprint(state.run.config),
     }
 
@@ -179,7 +188,12 @@ def restore(state: State, checkpoint: Checkpoint, note: Callable[[str], None]) -
     stored = checkpoint.part("trainer")
     compare(stored, run.config, note)
     tensors = StoredTensors(checkpoint.path)
-    tensors.read_module(run.policy.model)
+    if is_adapted(run.policy.model):
+        if stored["base_sha256"] != run.base_sha256:
+            raise Unusable("its adapter belongs to another model than --model-name-or-path")
+        tensors.read_named(adapter_tensors(run.policy.model))
+    else:
+        tensors.read_module(run.policy.model)
     for name, module in state.others().items():
         if not tensors.has(f"{name}."):
             option = "beta = 0" if name == "reference" else "another objective than ppo"

@@ -57,10 +57,10 @@ def file_name(part: str, index: int, count: int) -> str:
 
 
 def part_files(
-    part: str, tensors: Mapping[str, Tensor], ranks: Ranks, keep: Keep
+    part: str, tensors: Mapping[str, Tensor], ranks: Ranks, keep: Keep, one_file: bool = False
 ) -> Iterator[File]:
     """This rank's files of a part, one after the other. Every rank has to run through all of them."""
-    files = deal(tensors, ranks.world_size)
+    files = [list(tensors)] if one_file else deal(tensors, ranks.world_size)
     for index, names in enumerate(files):
         owner = index % ranks.world_size
         mine: dict[str, Tensor] = {}
@@ -141,11 +141,17 @@ class StoredTensors:
             stored = next((n for n in names if prefix + n in self.about), None)
             if stored is None:
                 raise Unusable(f"{prefix}{name} is missing")
-            shape = self.about[prefix + stored].size
-            if shape != tensor.shape:
-                found, expected = tuple(shape), tuple(tensor.shape)
-                raise Unusable(f"{prefix}{name} has shape {found}, expected {expected}")
             targets[prefix + stored] = tensor
+        self.read_named(targets)
+
+    def read_named(self, targets: Mapping[str, Tensor]) -> None:
+        """`read_into` that refuses what does not fit."""
+        for name, tensor in targets.items():
+            if name not in self.about:
+                raise Unusable(f"{name} is missing")
+            found, expected = tuple(self.about[name].size), tuple(tensor.shape)
+            if found != expected:
+                raise Unusable(f"{name} has shape {found}, expected {expected}")
         self.read_into(targets)
 
     def new(self, name: str, like: Tensor) -> Tensor:
