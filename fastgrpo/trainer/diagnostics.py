@@ -22,19 +22,29 @@ def _mismatch(numbers: Mapping[str, float]) -> bool:
     return numbers.get("sampling/sampling_logp_difference/mean", 0.0) > MISMATCH
 
 
+def _in_groups(config: TrainConfig) -> bool:
+    """Whether advantages are comparisons within a group: not under PPO, nor where every line is rewarded."""
+    return config.objective != "ppo" and config.supervision == "outcome"
+
+
 FINDINGS = (
     Finding(
-        lambda m, c: c.num_iterations == 1 and abs(m["loss"]) < 1e-3 and m["grad_norm"] > 1e-3,
+        lambda m, c: (
+            _in_groups(c)
+            and c.num_iterations == 1
+            and abs(m["loss"]) < 1e-3
+            and m["grad_norm"] > 1e-3
+        ),
         "The loss is about 0 by construction: on-policy the ratio is 1, and the advantages of a group sum to 0. "
         "Its gradient is not 0: watch reward and grad norm instead.",
     ),
     Finding(
-        lambda m, _: m["frac_groups_all_best"] > MANY,
+        lambda m, c: _in_groups(c) and m["frac_groups_all_best"] > MANY,
         "{frac_groups_all_best:.0%} of groups are all correct: they no longer say which answer is better. "
         "The task is nearly solved; harder questions would teach more.",
     ),
     Finding(
-        lambda m, _: m["frac_groups_all_worst"] > MANY,
+        lambda m, c: _in_groups(c) and m["frac_groups_all_worst"] > MANY,
         "{frac_groups_all_worst:.0%} of groups have no correct completion: nothing can be learned from them. "
         "Ask easier questions, raise num_generations, or start from a better base.",
     ),

@@ -127,9 +127,11 @@ class Rewards:
         Raises:
             RewardFault: one failed, and `on_fault` is "stop".
         """
+        columns = sorted({column for record in [*fresh, *replay] for column in record})
         for name, reward in self.learning.items():
+            new, old = (lists(records, columns, name) for records in (fresh, replay))
             try:
-                reward.refit(**lists(fresh, name), replay=lists(replay, name))
+                reward.refit(**new, replay=old)
             except RewardFault as error:
                 self._blame(name, 0, str(error))
                 if self.on_fault == "stop":
@@ -168,11 +170,10 @@ def records_of(columns: dict[str, list[Any]], rewards: dict[str, list[float]]) -
     ]
 
 
-def lists(records: list[Record], reward: str) -> dict[str, list[Any]]:
+def lists(records: list[Record], columns: Sequence[str], reward: str) -> dict[str, list[Any]]:
     """The completions column by column, `rewards` being those of one function."""
-    names = {name for record in records for name in record} | {"prompts", "completions", "rewards"}
-    columns = {name: [record.get(name) for record in records] for name in sorted(names)}
-    return columns | {"rewards": [record["rewards"][reward] for record in records]}
+    by_column = {name: [record.get(name) for record in records] for name in columns}
+    return by_column | {"rewards": [record["rewards"][reward] for record in records]}
 
 
 def make_rewards(config: TrainConfig, own: Mapping[str, Reward]) -> Rewards:

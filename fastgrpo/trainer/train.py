@@ -125,7 +125,7 @@ def sample(state: State, objective: Objective, clock: Clock) -> Scored:
     if state.critic is not None:
         numbers |= appraise(state, portions)
     state.settle()
-    if state.others() or len(portions) > 1 or objective.correction:
+    if any((state.reference, state.critic, len(portions) > 1, objective.correction)):
         clock.lap("reference")
     return Scored(
         rollout,

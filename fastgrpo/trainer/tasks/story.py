@@ -103,8 +103,8 @@ class Story:
         "then mostly bare answers."
     )
     about_result: str = (
-        "GRPO, rewarded for the final number only, brought the working back and sharpened it a little. It elicits a "
-        "skill that SFT had taught (see the base's pass@8); it does not teach one from scratch."
+        "Rewards alone brought the working back and sharpened it a little. That elicits a skill that SFT had taught "
+        "(see the base's pass@8); it does not teach one from scratch."
     )
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
