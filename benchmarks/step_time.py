@@ -217,7 +217,8 @@ def trl(case: Case) -> Iterator[Parts]:
     problems = task.sample("train", random.Random(0), 4096)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder,
+            output_dir=f"{folder}/run",
+            model_init_kwargs={"dtype": "float32"},
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
@@ -237,8 +238,10 @@ def trl(case: Case) -> Iterator[Parts]:
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
+        start = Path(folder) / "start"
+        make_model(case, tokenizer).save_pretrained(start)  # TRL reads its reference from a path
         trainer = GRPOTrainer(
-            model=make_model(case, tokenizer),
+            model=str(start),
             reward_funcs=score,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": [p.prompt for p in problems]}),

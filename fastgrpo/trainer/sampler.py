@@ -1,20 +1,19 @@
-"""Samplers: our own with a KV cache for Llama models, and transformers' `generate` for every other model."""
+"""Samplers: our own with a KV cache for Llama and Qwen models, and transformers' `generate` for every other model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgrpo.trainer.llama import LlamaDecoder, is_plain_llama
+from fastgrpo.trainer.decoder import Decoder, KVCache, can_decode
+from fastgrpo.trainer.draw import choose, draw_noise_, noise_buffer
 from fastgrpo.trainer.rollout import Rollout, Sampler
+from fastgrpo.trainer.static_step import StaticStep, bucket
 
 COMPACT_AT = 0.25
 """Finished rows leave the batch once they are this share of it: copying the cache costs about two steps."""
-LARGE = 4096
-"""Vocabulary from which a row draws one random number instead of one per token."""
-BLOCK = 256  # tokens
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -24,71 +23,27 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     return ids, torch.tensor([width - len(p) for p in prompts])
 
 
-def noise_buffer(rows: int, logits: Tensor) -> Tensor:
-    """Room for the random numbers of one draw per row: see `choose`."""
-    if logits.shape[1] < LARGE:
-        return logits.new_empty(rows, logits.shape[1])
-    return logits.new_empty(rows, dtype=torch.float64)
-
-
-def draw_noise_(noise: Tensor, generator: torch.Generator) -> Tensor:
-    """Fills the buffer."""
-    if noise.dim() == 2:
-        return noise.exponential_(generator=generator)
-    return noise.uniform_(generator=generator)
-
-
-def choose(
-    logits: Tensor, temperature: float, noise: Tensor | None
-) -> tuple[Tensor, Tensor]:  # [B, V] -> ids [B], log-probabilities [B]
-    """Draws a token per row; without noise takes the likeliest.
-
-    Exponential noise [B, V]: Gumbel argmax, `argmax(logprob - log(noise))`. Uniform noise [B], for large vocabularies,
-    where the random numbers would take most of the time: the inverse of the distribution function, found in two
-    levels, first among blocks of tokens, then in the block.
-    """
-    scaled = logits / (temperature or 1.0)
-    if noise is not None and noise.dim() == 1:
-        return _invert(scaled, noise)
-    logprob = torch.log_softmax(scaled, -1)
-    score = logprob if noise is None else logprob - noise.log()
-    token_ids = score.argmax(-1)
-    return token_ids, logprob.gather(-1, token_ids[:, None])[:, 0]
-
-
-def _invert(scaled: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens at which the distribution functions pass `uniform`, and their log-probabilities."""
-    below_1 = uniform[:, None].clamp(max=1 - 2.0**-50)  # rounding must not lead past the last token
-    top = scaled.amax(-1, keepdim=True)
-    weight = torch.exp(scaled - top)
-    blocks = F.pad(weight, (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    upto = blocks.sum(-1).double().cumsum(-1)
-    total = upto[:, -1:]
-    target = below_1 * total
-    block = torch.searchsorted(upto, target, right=True).clamp_(max=upto.shape[1] - 1)
-    before = torch.where(block > 0, upto.gather(1, (block - 1).clamp(min=0)), 0.0)
-    share = (target - before) / (upto.gather(1, block) - before)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
-    target = share.clamp(0, 1 - 2.0**-50) * inside[:, -1:]
-    place = torch.searchsorted(inside, target, right=True).clamp_(max=BLOCK - 1)
-    token_ids = (block * BLOCK + place).clamp_(max=scaled.shape[1] - 1)
-    logprob = scaled.gather(1, token_ids) - top - total.log().to(scaled.dtype)
-    return token_ids[:, 0], logprob[:, 0]
-
-
 class KVSampler:
     """Each prompt is run once, its cache repeated per sample, and finished rows leave the batch."""
 
     name = "kv"
 
     def __init__(
-        self, model: nn.Module, *, eos_id: int, pad_id: int, seed: int, compact: bool = True
+        self,
+        model: nn.Module,
+        *,
+        eos_id: int,
+        pad_id: int,
+        seed: int,
+        compact: bool = True,
+        static: bool | None = None,  # steps of fixed shape; None: on a GPU
     ) -> None:
-        self.decoder = LlamaDecoder(model)
+        self.decoder = Decoder(model)
         self.eos_id = eos_id
         self.pad_id = pad_id
         self.compact = compact
         self.device = self.decoder.embedding.device
+        self.static = self.device.type == "cuda" if static is None else static
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     @property
@@ -103,6 +58,19 @@ class KVSampler:
     def refresh(self) -> None:
         """Take over the policy's present weights."""
         self.decoder.refresh()
+
+    def _stepper(self, cache: KVCache) -> Callable[[Tensor], Tensor]:
+        if self.static:
+            return StaticStep(self.decoder, cache)
+        return partial(self.decoder.step, cache=cache)
+
+    def _size(self, remaining: int, rows: int) -> int:
+        """To how many rows a batch is cut down of which so many go on."""
+        if not self.compact:
+            return rows
+        if self.static:
+            return min(rows, bucket(remaining))
+        return remaining if remaining <= (1 - COMPACT_AT) * rows else rows
 
     @torch.no_grad()
     def sample(
@@ -125,14 +93,11 @@ class KVSampler:
         out_logprob = logits.new_zeros(total, max_new_tokens)
         lengths = torch.full((total,), max_new_tokens, device=self.device)
         ended = torch.zeros(total, dtype=torch.bool, device=self.device)
-        rows = torch.arange(
-            total, device=self.device
-        )  # the original row of each row still in the batch
+        rows = torch.arange(total, device=self.device)  # which row each row of the batch is
         noise = noise_buffer(total, logits) if temperature > 0 else None
+        step = self._stepper(cache)
         for t in range(max_new_tokens):
-            if (
-                noise is not None
-            ):  # drawn for all rows, so that a row's noise does not depend on compaction
+            if noise is not None:  # for all rows: what a row gets must not depend on compaction
                 draw_noise_(noise, self.generator)
             token_ids, logprob = choose(logits, temperature, None if noise is None else noise[rows])
             live = ~ended[rows]
@@ -140,16 +105,18 @@ class KVSampler:
             out_ids[rows, t] = token_ids
             out_logprob[rows, t] = torch.where(live, logprob, 0.0)
             stop = live & torch.isin(token_ids, stop_ids)
-            lengths[rows[stop]] = t + 1
-            ended[rows[stop]] = True
+            lengths[rows] = torch.where(stop, t + 1, lengths[rows])
+            ended[rows] |= stop
             live &= ~stop
             remaining = int(live.sum())
             if remaining == 0 or t + 1 == max_new_tokens:
                 break
-            if self.compact and remaining <= (1 - COMPACT_AT) * len(rows):
-                kept = live.nonzero()[:, 0]
+            size = self._size(remaining, len(rows))
+            if size < len(rows):
+                kept = live.argsort(descending=True, stable=True)[:size]  # finished ones last
                 rows, token_ids, cache = rows[kept], token_ids[kept], cache.select(kept)
-            logits = self.decoder.step(token_ids, cache)
+                step = self._stepper(cache)
+            logits = step(token_ids)
         return unpad(prompts, num_samples, out_ids, out_logprob, lengths, ended)
 
 
@@ -245,7 +212,7 @@ class TransformersSampler:
 
 def make_sampler(model: nn.Module, *, kind: str, eos_id: int, pad_id: int, seed: int) -> Sampler:
     """The sampler of a kind: "kv", "transformers", or "auto" (kv wherever it computes exactly the model)."""
-    if kind == "kv" or (kind == "auto" and is_plain_llama(model)):
+    if kind == "kv" or (kind == "auto" and can_decode(model)):
         return KVSampler(model, eos_id=eos_id, pad_id=pad_id, seed=seed)
     torch.manual_seed(seed)
     return TransformersSampler(model, eos_id=eos_id, pad_id=pad_id)

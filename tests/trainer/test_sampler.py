@@ -1,19 +1,18 @@
 """Samplers: what they report is what the training forward computes, and compaction changes nothing."""
 
+import itertools
+
 import pytest
 import torch
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
+from fastgrpo.trainer import sampler as sampler_module
 from fastgrpo.trainer.batch import make_batch
-from fastgrpo.trainer.llama import LlamaDecoder, is_plain_llama
+from fastgrpo.trainer.decoder import Decoder, can_decode
+from fastgrpo.trainer.draw import choose, draw_noise_
 from fastgrpo.trainer.policy import Policy
-from fastgrpo.trainer.sampler import (
-    KVSampler,
-    TransformersSampler,
-    choose,
-    draw_noise_,
-    make_sampler,
-    pad_left,
-)
+from fastgrpo.trainer.sampler import KVSampler, TransformersSampler, make_sampler, pad_left
+from fastgrpo.trainer.static_step import StaticStep
 from tests.trainer.conftest import tiny_llama
 
 EOS, PAD = 1, 0
@@ -25,8 +24,39 @@ PROMPTS = [
 ]  # lengths differ: left padding is exercised
 
 
-def sample(model, *, compact=True, seed=0, temperature=1.0, num_samples=6, max_new_tokens=12):
-    sampler = KVSampler(model, eos_id=EOS, pad_id=PAD, seed=seed, compact=compact)
+ROPE = {
+    "linear": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {
+        "rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64
+    },
+}  # fmt: skip
+
+
+def tiny(tokenizer, family=LlamaForCausalLM, **changes):
+    """A small random model; of the Qwens with biases and norms that are not neutral."""
+    llama = tiny_llama(tokenizer, hidden_size=32, intermediate_size=48, **changes)
+    if family is LlamaForCausalLM:
+        return llama
+    options = llama.config.to_dict()
+    for name in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp"):
+        options.pop(name, None)
+    torch.manual_seed(1)
+    model = family(family.config_class(**options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def sample(
+    model, *, compact=True, static=None, seed=0, temperature=1.0, num_samples=6, max_new_tokens=12
+):
+    sampler = KVSampler(model, eos_id=EOS, pad_id=PAD, seed=seed, compact=compact, static=static)
     return sampler.sample(
         PROMPTS, num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature
     )
@@ -41,11 +71,16 @@ def sample(model, *, compact=True, seed=0, temperature=1.0, num_samples=6, max_n
         {"head_dim": 16},  # heads wider than hidden / heads
         {"tie_word_embeddings": False, "rms_norm_eps": 1e-3},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+        {"rope_parameters": ROPE["linear"]},
+        {"rope_parameters": ROPE["llama3"]},
+        {"rope_parameters": ROPE["yarn"]},
+        {"attention_bias": False, "family": Qwen2ForCausalLM},
+        {"num_key_value_heads": 2, "head_dim": 16, "family": Qwen3ForCausalLM},
     ],
-    ids=["plain", "gqa", "head_dim", "untied", "rope_theta"],
+    ids=["plain", "gqa", "head_dim", "untied", "rope_theta", *ROPE, "qwen2", "qwen3"],
 )
 def test_sampled_logprobs_are_those_of_the_training_forward(tokenizer, changes, temperature):
-    model = tiny_llama(tokenizer, hidden_size=32, intermediate_size=48, **changes)
+    model = tiny(tokenizer, **changes)
     rollout = sample(model, temperature=temperature)
     batch = make_batch(rollout.prompt_ids, rollout.completion_ids, PAD)
     with torch.no_grad():
@@ -55,7 +90,7 @@ def test_sampled_logprobs_are_those_of_the_training_forward(tokenizer, changes, 
 
 def test_decoder_equals_the_hugging_face_forward_on_padded_prompts(model):
     ids, padding = pad_left(PROMPTS, PAD)
-    decoder = LlamaDecoder(model)
+    decoder = Decoder(model)
     logits, cache = decoder.prefill(ids, padding, room=2, repeats=2)
     step = decoder.step(torch.full((2 * len(PROMPTS),), 4), cache)
     for row, prompt in enumerate(PROMPTS):
@@ -74,6 +109,50 @@ def test_compaction_changes_no_token_and_no_logprob(model):
     )
     assert with_.completion_ids == without.completion_ids
     assert torch.allclose(torch.cat(with_.logprob), torch.cat(without.logprob), atol=1e-6)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("family", [LlamaForCausalLM, Qwen3ForCausalLM])
+def test_steps_of_fixed_shape_are_the_same_steps(tokenizer, family, compact):
+    """The code that a GPU records as a graph, run without the recording."""
+    model = tiny(tokenizer, family=family)
+    size = {"num_samples": 24, "max_new_tokens": 30}
+    plain, fixed = sample(model, **size), sample(model, static=True, compact=compact, **size)
+    assert fixed.completion_ids == plain.completion_ids
+    assert fixed.truncated == plain.truncated
+    assert torch.allclose(torch.cat(fixed.logprob), torch.cat(plain.logprob), atol=1e-5)
+
+
+def test_fixed_shapes_change_by_halves(model, monkeypatch):
+    """Few shapes, since each is a graph; and never fewer rows than go on."""
+    shapes = []
+    monkeypatch.setattr(
+        sampler_module,
+        "StaticStep",
+        lambda decoder, cache: shapes.append(len(cache.position)) or StaticStep(decoder, cache),
+    )
+    rollout = sample(model, static=True, num_samples=25, max_new_tokens=150)
+    assert shapes[0] == 100
+    assert all(n & (n - 1) == 0 and n < before for before, n in itertools.pairwise(shapes))
+    assert 2 <= len(shapes) <= 8
+    assert (
+        rollout.completion_ids == sample(model, num_samples=25, max_new_tokens=150).completion_ids
+    )
+
+
+def test_recording_a_step_leaves_no_trace(model):
+    """What `StaticStep` does before it records a graph, without the graph: runs, then puts the counters back."""
+    ids, padding = pad_left(PROMPTS, PAD)
+    decoder, token_ids = Decoder(model), torch.full((len(PROMPTS),), 4)
+    results = []
+    for runs in (0, 3):
+        _, cache = decoder.prefill(ids, padding, room=4, repeats=1)
+        step = StaticStep(decoder, cache)
+        with step.put_back():
+            for _ in range(runs):
+                step.run()
+        results.append(torch.stack([step(token_ids).clone() for _ in range(4)]))
+    assert torch.equal(*results)
 
 
 def test_completions_end_at_the_first_end_token_or_at_the_maximum(model):
@@ -176,17 +255,18 @@ def test_transformers_sampler_keeps_the_same_contract(model):
 def test_auto_uses_the_cache_sampler_only_where_it_computes_the_model(tokenizer):
     plain = tiny_llama(tokenizer, hidden_size=32, intermediate_size=48)
     biased = tiny_llama(tokenizer, hidden_size=32, intermediate_size=48, mlp_bias=True)
-    scaled = tiny_llama(
-        tokenizer,
-        hidden_size=32,
-        intermediate_size=48,
-        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    growing = tiny(
+        tokenizer, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     )
+    windowed = tiny(tokenizer, family=Qwen2ForCausalLM)
+    windowed.config.layer_types = ["full_attention", "sliding_attention"]
     kinds = {
         m: make_sampler(m, kind="auto", eos_id=EOS, pad_id=PAD, seed=0).name
-        for m in (plain, biased, scaled)
+        for m in (plain, biased, growing, windowed)
     }
-    assert list(kinds.values()) == ["kv", "transformers", "transformers"]
-    assert not is_plain_llama(biased)
-    with pytest.raises(ValueError, match="model must be a plain LlamaForCausalLM"):
+    assert list(kinds.values()) == ["kv", "transformers", "transformers", "transformers"]
+    assert not can_decode(biased)
+    with pytest.raises(
+        ValueError, match="model must be a LlamaForCausalLM, Qwen2ForCausalLM, Qwen3"
+    ):
         make_sampler(biased, kind="kv", eos_id=EOS, pad_id=PAD, seed=0)

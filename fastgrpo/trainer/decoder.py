@@ -1,9 +1,10 @@
-"""A decoder for Llama models that does only what sampling needs: fused weights, a preallocated KV cache, no autograd.
+"""A decoder for Llama, Qwen2 and Qwen3 that does only what sampling needs: fused weights, a preallocated KV cache.
 
 `transformers.generate` spends most of a tiny model's step in Python. This forward does the same arithmetic on the
 same weights in a quarter of the calls; a test holds it equal to the Hugging Face forward.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,30 +46,42 @@ class Layer:
 
     attention_norm: Tensor
     qkv: Tensor
+    qkv_bias: Tensor | None  # Qwen2
+    qk_norm: Tensor | None  # Qwen3: [heads + kv heads, 1, head size]
     output: Tensor
     mlp_norm: Tensor
     gate_up: Tensor
     down: Tensor
 
 
-def is_plain_llama(model: nn.Module) -> bool:
-    """Whether `LlamaDecoder` computes exactly what this model computes."""
+FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embedding whose angles depend on nothing but the position."""
+
+
+def can_decode(model: nn.Module) -> bool:
+    """Whether `Decoder` computes exactly what this model computes."""
     config: Any = getattr(model, "config", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    return (
-        type(model).__name__ == "LlamaForCausalLM"
-        and config.hidden_act == "silu"
-        and not (config.attention_bias or config.mlp_bias)
-        and rope.get("rope_type", "default") == "default"
+    if type(model).__name__ not in FAMILIES or config.hidden_act != "silu":
+        return False
+    biased = any(
+        name.endswith(".bias") and name.split(".")[-2] not in ("q_proj", "k_proj", "v_proj")
+        for name, _ in model.named_parameters()
     )
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    return not biased and set(kinds) == {"full_attention"} and rope in STATIC_ROPE
 
 
-class LlamaDecoder:
-    """Prefill and single steps of a `LlamaForCausalLM`; `refresh` takes over new weights."""
+class Decoder:
+    """Prefill and single steps of a model; `refresh` takes over new weights."""
 
     def __init__(self, model: nn.Module) -> None:
-        if not is_plain_llama(model):
-            raise ValueError(f"model must be a plain LlamaForCausalLM, got {type(model).__name__}")
+        if not can_decode(model):
+            raise ValueError(
+                f"model must be a {', '.join(FAMILIES)} with full attention and without biases behind the attention, "
+                f"got {type(model).__name__} {getattr(model, 'config', '')}"
+            )
         self.model: Any = model
         config: Any = model.config
         self.heads: int = config.num_attention_heads
@@ -83,11 +96,18 @@ class LlamaDecoder:
         self.layers = []
         for block in self.model.model.layers:
             attention, mlp = block.self_attn, block.mlp
-            q, k, v = attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight
+            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+            norm = None
+            if hasattr(attention, "q_norm"):
+                heads = (self.heads, attention.q_norm), (self.kv_heads, attention.k_norm)
+                norm = torch.cat([n.weight.expand(count, 1, -1) for count, n in heads])
+            biased = parts[0].bias is not None
             self.layers.append(
                 Layer(
                     attention_norm=block.input_layernorm.weight.clone(),
-                    qkv=torch.cat([q, k, v]),
+                    qkv=torch.cat([part.weight for part in parts]),
+                    qkv_bias=torch.cat([part.bias for part in parts]) if biased else None,
+                    qk_norm=norm,
                     output=attention.o_proj.weight.clone(),
                     mlp_norm=block.post_attention_layernorm.weight.clone(),
                     gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
@@ -109,9 +129,11 @@ class LlamaDecoder:
     def _qkv(self, x: Tensor, layer: Layer, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """[B, S, hidden] -> rotated q [B, heads, S, d], rotated k and v [B, kv heads, S, d]."""
         b, s, _ = x.shape
-        fused = F.linear(self._rms(x, layer.attention_norm), layer.qkv)
+        fused = F.linear(self._rms(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
         fused = fused.view(b, s, -1, self.head_size).transpose(1, 2)
         qk, v = fused[:, : self.heads + self.kv_heads], fused[:, self.heads + self.kv_heads :]
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, (self.head_size,), None, self.eps) * layer.qk_norm
         low, high = qk.chunk(2, -1)
         qk = qk * cos + torch.cat([-high, low], -1) * sin
         return qk[:, : self.heads], qk[:, self.heads :], v
@@ -167,21 +189,37 @@ class LlamaDecoder:
     def step(self, token_ids: Tensor, cache: KVCache) -> Tensor:  # [B] -> [B, V]
         """Appends one token to every row of the cache and returns the logits of the next."""
         t = cache.length
-        cos, sin = self.cos[cache.position][:, None, None], self.sin[cache.position][:, None, None]
+
+        def store(columns: Tensor, new: Tensor) -> Tensor:
+            columns[:, :, t] = new[:, :, 0]
+            return columns[:, :, : t + 1]
+
+        logits = self.one_token(token_ids, cache, cache.position, cache.bias[..., : t + 1], store)
+        cache.length = t + 1
+        cache.position = cache.position + 1
+        return logits
+
+    def one_token(
+        self,
+        token_ids: Tensor,  # [B]
+        cache: KVCache,
+        position: Tensor,  # [B]
+        bias: Tensor,  # [B, 1, 1, columns that `store` returns]
+        store: Callable[
+            [Tensor, Tensor], Tensor
+        ],  # puts [B, heads, 1, d] into keys or values, returns what is seen
+    ) -> Tensor:  # [B, V]
+        """The forward of one token per row."""
+        cos, sin = self.cos[position][:, None, None], self.sin[position][:, None, None]
         x = self.embedding[token_ids][:, None]
-        bias = cache.bias[..., : t + 1]
         for i, layer in enumerate(self.layers):
             q, k, v = self._qkv(x, layer, cos, sin)
-            cache.key[i][:, :, t] = k[:, :, 0]
-            cache.value[i][:, :, t] = v[:, :, 0]
             attended = F.scaled_dot_product_attention(
                 q,
-                cache.key[i][:, :, : t + 1],
-                cache.value[i][:, :, : t + 1],
+                store(cache.key[i], k),
+                store(cache.value[i], v),
                 bias,
                 enable_gqa=self.heads != self.kv_heads,
             )
             x = self._block(x, layer, attended)
-        cache.length = t + 1
-        cache.position = cache.position + 1
         return F.linear(self._rms(x[:, 0], self.norm), self.head).float()
