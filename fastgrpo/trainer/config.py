@@ -97,8 +97,8 @@ class TrainConfig:
     temperature: float = 1.0
     """Temperature of sampling. Training uses log-probabilities at the same temperature."""
     sampler: Literal["auto", "kv", "transformers", "vllm"] = "auto"
-    """kv: our own with a KV cache (Llama models); transformers: `generate`; auto: kv wherever it can serve; vllm:
-    servers that are running already (docs/trainer.md says how to start them)."""
+    """kv: our own with a KV cache (Llama, Qwen2, Qwen3); transformers: `generate`; auto: kv wherever it can serve;
+    vllm: servers that are running already (docs/trainer.md says how to start them)."""
     vllm_server_base_url: str | None = None
     """Servers of --sampler vllm: http://HOST:PORT, several with commas between."""
     vllm_server_timeout: float = 240.0

@@ -35,7 +35,7 @@ FREE = {
     "output_dir", "overwrite", "threads", "cache_base", "max_steps", "eval_questions",
     "eval_samples", "eval_temperature", "eval_steps", "save_steps", "save_total_limit", "async_save", "resume",
     "check_resume", "max_bad_steps", "parallel", "sampling_streams", "dead_rank_seconds",
-    "logging_steps", "report", "completions_to_show",
+    "logging_steps", "report", "completions_to_show", "vllm_server_base_url", "vllm_server_timeout",
 }  # fmt: skip
 """Options that a resumed run may change and still be the same run."""
 
