@@ -46,17 +46,18 @@ FINDINGS = (
     Finding(
         lambda m, c: _in_groups(c) and m["frac_groups_all_worst"] > MANY,
         "{frac_groups_all_worst:.0%} of groups have no correct completion: nothing can be learned from them. "
-        "Ask easier questions, raise num_generations, or start from a better base.",
+        "Ask easier questions, raise --num-generations, or start from a better base.",
     ),
     Finding(
-        lambda m, _: m["completions/clipped_ratio"] > 0.2,
+        # Three digits and the end are all there is to copy: who does not end has not learned to.
+        lambda m, c: c.job != "copy" and m["completions/clipped_ratio"] > 0.2,
         "{completions/clipped_ratio:.0%} of completions were cut at {max_completion_length} tokens before they ended: "
-        "raise max_completion_length.",
+        "raise --max-completion-length if right answers may be longer.",
     ),
     Finding(
         lambda m, _: m.get("kl", 0.0) > 0.5,
         "KL to the reference is {kl:.2f} (largest token {kl/max:.1f}). A spike in one step is harmless under gradient "
-        "clipping; if it stays while the reward falls, lower learning_rate.",
+        "clipping; if it stays while the reward falls, lower --learning-rate.",
     ),
     Finding(
         lambda m, c: _mismatch(m) and c.sampler != "vllm",

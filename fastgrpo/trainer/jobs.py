@@ -36,6 +36,7 @@ JOBS = {
             "beta": 0.0,
             "per_device_train_batch_size": 512,
             "eval_steps": 25,
+            "eval_questions": 89,  # all that are held out
         },
     ),
     "gsm8k-equations": Job(

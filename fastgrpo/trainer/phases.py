@@ -14,10 +14,12 @@ from fastgrpo.trainer.basecache import cache_folder, cache_key, load_base, store
 from fastgrpo.trainer.check_resume import check_resume
 from fastgrpo.trainer.checkpoint.store import Store
 from fastgrpo.trainer.checkpointer import Checkpointer
+from fastgrpo.trainer.close_up import CloseUp, close_up
 from fastgrpo.trainer.diagnostics import Diagnostics
 from fastgrpo.trainer.display import Display
 from fastgrpo.trainer.evaluate import Evaluation, evaluate
 from fastgrpo.trainer.interrupt import Interrupt, Interrupted
+from fastgrpo.trainer.memory import memory_of
 from fastgrpo.trainer.opening import Opened
 from fastgrpo.trainer.passes import TrainingStopped
 from fastgrpo.trainer.recorder import Recorder
@@ -101,18 +103,21 @@ class Phases:
         self.result.notes = progress["notes"]
         if progress["base"] is not None:
             self.result.base = Evaluation.of(progress["base"])
+        if progress.get("close_up") is not None:
+            self.result.close_up = CloseUp.of(progress["close_up"])
 
     def save(self, announce: bool = False) -> None:
         """A checkpoint of the present state, if there is one yet."""
         if self.keeper is None:
             return
-        base = self.result.base
+        base, near = self.result.base, self.result.close_up
         self.keeper.save(
             {
                 "metrics_bytes": self.recorder.size if self.run.ranks.is_main else 0,
                 "seconds": dict(self.result.seconds),
                 "notes": list(self.result.notes),
                 "base": None if base is None else asdict(base),
+                "close_up": None if near is None else asdict(near),
             },
             announce,
         )
@@ -224,6 +229,8 @@ class Phases:
         self.begin("grpo", config.max_steps)
         for step in grpo(self.run, state, self.safe_point):
             done = state.step
+            if done == (config.max_steps + 1) // 2 and self.run.ranks.kind != "fsdp2":
+                self.result.close_up = close_up(self.run, done, step.portions)
             for name in ("generate", "score", "reference", "train"):
                 self.spend(name, step.numbers.get(f"time/{name}", 0.0))
             if done % config.logging_steps == 0 or done == config.max_steps:
@@ -239,6 +246,7 @@ class Phases:
             if config.save_steps and (done % config.save_steps == 0 or done == config.max_steps):
                 self.save()
         self.spend("checkpoints", self.keeper.seconds)
+        self.result.memory = memory_of(state)
 
     def curve_point(self, step: int) -> None:
         """A small evaluation on validation questions, unless it is not due or was made before an interruption."""

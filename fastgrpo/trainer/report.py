@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from fastgrpo.trainer.close_up import CloseUp
 from fastgrpo.trainer.evaluate import Answered, Evaluation
 from fastgrpo.trainer.plots import Curve, Record, png
 from fastgrpo.trainer.report_style import STYLE
@@ -26,7 +27,9 @@ def render(result: Result) -> str:
             if result.base or result.final
             else []
         ),
-        "<h2>Where the time went</h2>" + times(result.seconds),
+        *(["<h2>One step from near</h2>" + close_up(result.close_up)] if result.close_up else []),
+        "<div class=pair><div><h2>Where the time went</h2>" + times(result.seconds, result.wall_s),
+        "</div><div><h2>Where the memory went</h2>" + memory(result.memory) + "</div></div>",
         options(result.config),
     ]
     return (
@@ -158,14 +161,56 @@ def answers(answered: Answered, shown: int = 2) -> str:
     return "".join(blocks)
 
 
-def times(seconds: Mapping[str, float]) -> str:
+def close_up(near: CloseUp) -> str:
+    """Completions of one question, token by token."""
+    top = max((abs(r) for one in near.completions for r in one.log_ratio), default=0.0) or 1.0
+    rows = []
+    for one in near.completions:
+        tokens = "".join(
+            f'<span style="{shade(r / top)}" title="log-ratio {r:+.4f}, advantage {a:+.2f}">{visible(text)}</span>'
+            for text, r, a in zip(one.tokens, one.log_ratio, one.advantage, strict=True)
+        )
+        worth = sum(one.advantage) / max(1, len(one.advantage))
+        kind = "up" if worth > 0 else "down" if worth < 0 else "se"
+        rows.append(f"<tr><td class={kind}>{worth:+.2f}</td><td class=tokens>{tokens}</td></tr>")
+    return (
+        f"<p>Completions of one question in step {near.step}, each with its advantage. The step made <span "
+        f'style="{shade(1)}">green</span> tokens likelier and <span style="{shade(-1)}">red</span> ones less likely; '
+        f"the strongest colour is a log-ratio of {top:.2g}.</p>"
+        f"<div class=ask><pre>{escape(near.prompt)}</pre><table>{''.join(rows)}</table></div>"
+    )
+
+
+def shade(strength: float) -> str:
+    """A background between red (-1), none (0) and green (1)."""
+    red, green, blue = (42, 157, 92) if strength > 0 else (201, 80, 60)
+    return f"background:rgba({red},{green},{blue},{0.75 * abs(strength):.3f})"
+
+
+def visible(token: str) -> str:
+    """The text of a token, line feeds with a sign of their own."""
+    return escape(token).replace("\n", "\u21b5\n")
+
+
+def times(seconds: Mapping[str, float], wall_s: float) -> str:
     """Seconds and shares of the run's parts."""
-    total = sum(seconds.values()) or 1.0
+    spent = {name: value for name, value in seconds.items() if value}
+    spent["other"] = max(0.0, wall_s - sum(spent.values()))
+    total = sum(spent.values()) or 1.0
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td>{value:.1f} s</td><td>{value / total:.0%}</td></tr>"
-        for name, value in seconds.items()
+        for name, value in spent.items()
     )
     return f"<table>{rows}</table>"
+
+
+def memory(parts: Mapping[str, int]) -> str:
+    """Mebibytes of the run's parts."""
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{value / 2**20:,.1f} MiB</td></tr>"
+        for name, value in parts.items()
+    )
+    return f"<table>{rows}</table>" if rows else "<p>No step was made.</p>"
 
 
 def options(config: Mapping[str, object]) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastgrpo.trainer.close_up import CloseUp
 from fastgrpo.trainer.evaluate import Evaluation
 from fastgrpo.trainer.plots import Record
 
@@ -18,7 +19,9 @@ class Result:
     records: list[Record] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    close_up: CloseUp | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)  # bytes
     wall_s: float = 0.0
     cpu_s: float = 0.0
 
@@ -42,6 +45,7 @@ class Result:
             "eval_questions": {name: len(e.answered) for name, e in made.items()},
             "cpu_s": self.cpu_s,
             "seconds": self.seconds,
+            "memory_bytes": self.memory,
             "stopped": self.stopped,
             "notes": self.notes,
         }

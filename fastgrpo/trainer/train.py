@@ -23,6 +23,7 @@ import torch
 from fastgrpo.objective import Objective
 from fastgrpo.trainer.algorithm import learning_rate_factor, make_advantage, make_objective
 from fastgrpo.trainer.clock import Clock
+from fastgrpo.trainer.microbatch import Portion
 from fastgrpo.trainer.passes import backward, skip_or_stop
 from fastgrpo.trainer.portions import divide
 from fastgrpo.trainer.ppo import appraise
@@ -40,6 +41,7 @@ class Step:
 
     completions: list[str]
     rollout: Rollout
+    portions: list[Portion]
     numbers: dict[str, float]
 
 
@@ -83,7 +85,8 @@ def grpo(
         }
         losses = scored.tally.over_ranks(run.ranks).losses(with_kl=state.reference is not None)
         times = {f"time/{name}": seconds for name, seconds in clock.laps.items()}
-        yield Step(scored.completions, scored.rollout, scored.numbers | losses | numbers | times)
+        numbers = scored.numbers | losses | numbers | times
+        yield Step(scored.completions, scored.rollout, scored.portions, numbers)
 
 
 def sample(state: State, objective: Objective, clock: Clock) -> Scored:
