@@ -5,7 +5,7 @@
 
 NAME: cpu, cpu-2-threads, cpu-goals, cpu-all (results/cpu-*.jsonl), gpu (results/gpu-*.jsonl), job-story and
 other jobs (results/jobs.jsonl: the summary.json of one run per line), learning (results/learning.jsonl), scaling
-(results/scaling.json), callgrind.
+(results/scaling.json), callgrind, step-time (results/step_time.jsonl).
 """
 
 import argparse
@@ -218,6 +218,40 @@ def callgrind() -> str:
     return table(["kernel (AVX2)", "instructions", "compiler"], lines)
 
 
+def step_time() -> str:
+    """A step of the bundled trainer beside the same with an eager loss, and TRL's."""
+    path = RESULTS / "step_time.jsonl"
+    if not path.exists():
+        return NOTHING
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = []
+    for record in records:
+        seconds, step = record["seconds"], record["seconds"]["step"]
+        cells = [f"{1e3 * seconds[part]:.0f}" for part in ("generate", "head + loss", "step")]
+        share = f"{seconds['head + loss'] / step:.0%}"
+        versus = "1" if record["trainer"] == "fastgrpo" else f"{record['ratio']:.2f}x"
+        rows.append([f"{record['case']['beta']:g}", record["trainer"], *cells, share, versus])
+    case, e = records[0]["case"], records[0]
+    head = [
+        "beta",
+        "trainer",
+        "generate, ms",
+        "head + loss, ms",
+        "step, ms",
+        "head + loss",
+        "step, times ours",
+    ]
+    versions = ", ".join(f"{name} {v}" for name, v in e["versions"].items() if v)
+    size = f"V = {case['vocabulary']:,}, H = {case['hidden']}, {case['layers']} layers, float32"
+    where = (
+        f"{e['device']}, {e['cpu_isa']}, 1 thread, {versions}, {e['date'][:10]}, commit {e['git']}"
+    )
+    return table(head, rows) + (
+        f"\n{case['prompts']} x {case['group']} completions of {case['new_tokens']} tokens, {size}; medians of "
+        f"processor time of {len(e['repetitions'])} steps, ratios taken step by step. {where}\n"
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "cpu": lambda: speed(_cpu(1)),
     "cpu-2-threads": lambda: speed(_cpu(2)),
@@ -228,6 +262,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "learning": learning,
     "scaling": scaling,
     "callgrind": callgrind,
+    "step-time": step_time,
 }
 
 
