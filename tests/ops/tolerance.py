@@ -109,7 +109,7 @@ def loss_tolerance(
     """Sensitivity to the log-prob times the log-prob's error: first derivative for losses, second for gradients."""
     live = float(expected.metrics.count())
     ratio = _largest_ratio(expected, objective) if live else 0.0
-    kl = largest(expected.metrics.max("kl")) if live else 0.0
+    kl = _largest_kl(expected, objective) if live else 0.0
     worst = largest(expected.logprob)
     gain = largest(advantage)
     # VESPO's weight exp(lambda (1 - r)) r^k has the logarithmic derivative k - lambda r.
@@ -119,9 +119,10 @@ def loss_tolerance(
     token = 4 * tol.logprob * sensitivity
     sizes = expected.dlogprob if expected.dlogprob is not None else torch.zeros(0)
     bonus = abs(objective.entropy_coef) * expected.weight * (1.0 + tol.x)
+    entropy = abs(objective.entropy_coef) * tol.entropy(largest(expected.entropy))
     return LossTolerance(
         token,
-        token * max(1.0, live * expected.weight),
+        (token + entropy) * max(1.0, live * expected.weight),
         token * expected.weight,
         largest(sizes) + bonus,
     )
@@ -137,6 +138,14 @@ def _largest_ratio(expected: Scored, objective: Objective) -> float:
     step = min(largest(expected.logprob.reshape(-1) - expected.old.double()), 20.0)
     tokens = expected.old.numel() if objective.level == "seq_sum" else 1
     return math.exp(min(step * tokens, 80.0))
+
+
+def _largest_kl(expected: Scored, objective: Objective) -> float:
+    """Largest KL estimate; where a fault makes the metric NaN, what the losses of the other tokens allow."""
+    kl = float(expected.metrics.max("kl"))
+    if math.isfinite(kl) or not objective.kl.beta:
+        return largest(expected.metrics.max("kl"))
+    return largest(expected.token_loss) / objective.kl.beta
 
 
 def largest(values: Tensor) -> float:
