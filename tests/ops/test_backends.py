@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CATALOGUE = [
-    f"tests/ops/test_catalogue_{part}.py" for part in ("batch", "limits", "logits", "losses")
+    f"tests/ops/test_catalogue_{part}.py"
+    for part in ("batch", "limits", "linear", "logits", "losses")
 ]
 FORMULAS = [
     "tests/ops/test_gradcheck.py",
