@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fastgrpo.trainer import rundir
 from fastgrpo.trainer.checkpoint.contents import (
     all_finite,
@@ -23,7 +25,14 @@ from fastgrpo.trainer.checkpoint.store import Checkpoint, Position, Store, name_
 from fastgrpo.trainer.checkpoint.tree import StateError
 from fastgrpo.trainer.checkpoint.weights import Unusable
 from fastgrpo.trainer.opening import Opened, run_of
+from fastgrpo.trainer.reward_process import RewardFault
 from fastgrpo.trainer.state import State
+
+MALFORMED = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RecursionError),
+    *(RuntimeError, TypeError, ValueError, SafetensorError),
+)
+"""What content that nobody checks field by field leads to, where it is not what a run saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +148,11 @@ class Checkpointer:
             progress = restore(self.state, checkpoint, self._note)
         except (Unusable, Invalid, StateError) as error:
             raise Unusable(f"checkpoint {checkpoint.path} cannot be used: {error}") from None
+        except RewardFault:
+            raise
+        except MALFORMED as error:
+            what = f"it does not hold what a run saves ({type(error).__name__}: {error})"
+            raise Unusable(f"checkpoint {checkpoint.path} cannot be used: {what}") from error
         self._note(f"resumed from {checkpoint.path}")
         if self.state.run.ranks.is_main and checkpoint.path.parent == self.store.folder:
             for path in self.store.set_aside(checkpoint.position):

@@ -15,6 +15,7 @@ from fastgrpo.trainer.checkpoint.files import hash_file, read_file
 FORMAT = 2
 NAME = "manifest.json"
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+\Z")
+SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 LIMIT_BYTES = 16 << 20
 PACKAGES = ("fastgrpo", "torch", "transformers", "safetensors", "numpy")
 
@@ -79,15 +80,32 @@ def read(folder: Path) -> dict[str, Any]:
         if content["format"] != FORMAT:
             newer = f"format {content['format']}, this fastgrpo reads {FORMAT}"
             raise Invalid(f"{NAME} has {newer}")
-        for name in content["files"]:
-            if not SAFE_NAME.match(name):
-                raise ValueError(f"unsafe file name {name!r}")
+        _check_content(content)
     except Invalid:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Invalid(f"{NAME} is damaged: {error}") from None
     checked: dict[str, Any] = content
     return checked
+
+
+def _check_content(content: Mapping[str, Any]) -> None:
+    """Types and ranges of what is read from a manifest: whoever can write one can also sign it."""
+    for name, least in (("step", 0), ("update", -1), ("world_size", 1)):
+        if type(content[name]) is not int or content[name] < least:
+            raise ValueError(f"{name} is {content[name]!r}")
+    for name, entry in content["files"].items():
+        if not SAFE_NAME.match(name) or name in (".", "..", NAME):
+            raise ValueError(f"unsafe file name {name!r}")
+        size, sha = entry["bytes"], entry["sha256"]
+        if type(size) is not int or size < 0 or not SHA256.match(sha):
+            raise ValueError(f"size or SHA-256 of {name} is malformed")
+
+
+def unlisted(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Tensor files that lie in the folder and were not saved there."""
+    found = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+    return [name for name in found if name not in manifest["files"]]
 
 
 def read_verified(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:

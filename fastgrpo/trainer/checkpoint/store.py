@@ -68,6 +68,10 @@ class Checkpoint:
                 pool.map(partial(manifest.verify, self.path, self.manifest), self.manifest["files"])
             )
 
+        foreign = manifest.unlisted(self.path, self.manifest)
+        if foreign:  # the reader of tensors takes every file that it finds
+            raise manifest.Invalid(f"{foreign[0]} is not part of it")
+
     def part(self, part: str) -> Any:
         """The nested state of a part."""
         tensors = manifest.read_verified(self.path, self.manifest, f"{part}.safetensors")

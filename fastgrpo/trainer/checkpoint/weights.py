@@ -152,6 +152,9 @@ class StoredTensors:
             found, expected = tuple(self.about[name].size), tuple(tensor.shape)
             if found != expected:
                 raise Unusable(f"{name} has shape {found}, expected {expected}")
+            kind = self.about[name].properties.dtype
+            if kind != tensor.dtype:
+                raise Unusable(f"{name} is {kind}, expected {tensor.dtype}")
         self.read_into(targets)
 
     def new(self, name: str, like: Tensor) -> Tensor:
