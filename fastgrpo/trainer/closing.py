@@ -40,7 +40,8 @@ def text(result: Result, out: Path) -> str:
         lines.append(result.stopped)
     if result.evaluations:
         lines += [table(result.evaluations), "", *result.words]
-    lines.append("")
+    if lines[-1]:
+        lines.append("")
     files = [name for name in rundir.OWN_FILES if (out / name).exists()]
     lines.append(
         f"wall {result.wall_s:.0f} s, CPU {result.cpu_s:.0f} s. In {out}/: {', '.join(files)}"

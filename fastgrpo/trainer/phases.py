@@ -183,14 +183,13 @@ class Phases:
         if config.eval_questions == 0 or not self.run.ranks.is_main:
             return None
         problems = self.run.held_out("test", config.eval_questions)
-        if not problems:
-            self.display.note("no accuracy is measured: no held-out question with an answer")
-            return None
         if name == "base" and len(problems) < config.eval_questions:
-            asked = f"--eval-questions {config.eval_questions}"
-            self.display.note(
-                f"{len(problems)} questions are held out, fewer than {asked}: all are asked"
-            )
+            asked = f"fewer than --eval-questions {config.eval_questions}"
+            none = "no question with an answer is held out: no accuracy is measured"
+            some = f"{len(problems)} questions are held out, {asked}: all are asked"
+            self.display.note(some if problems else none)
+        if not problems:
+            return None
         self.begin(f"test {name}", len(problems))
         evaluation = self._evaluate(problems, config.eval_samples, self.display.advance)
         scores = "  ".join(f"{k} {v:.3f}" for k, v in evaluation.scores.items())

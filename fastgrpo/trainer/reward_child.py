@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 
-class NotFound(Exception):
-    """There is no such function; the text says what there is."""
+class Refused(Exception):
+    """Something that the user can mend; the text says what."""
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -34,7 +34,7 @@ def load_function(spec: str) -> Callable[..., Any]:
         path = Path(place).resolve()
         module_spec = importlib.util.spec_from_file_location(path.stem, path)
         if module_spec is None or module_spec.loader is None or not path.is_file():
-            raise NotFound(f"no Python file {place!r}")
+            raise Refused(f"no Python file {place!r}")
         sys.path.insert(0, str(path.parent))
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[path.stem] = module
@@ -47,13 +47,18 @@ def load_function(spec: str) -> Callable[..., Any]:
         own = (
             n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")
         )
-        raise NotFound(f"{place} has no function {name!r}; it has {', '.join(own) or 'none'}")
+        raise Refused(f"{place} has no function {name!r}; it has {', '.join(own) or 'none'}")
     return function
 
 
 def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """What the function returns; functions without `**kwargs` get the arguments that they name."""
     parameters = inspect.signature(function).parameters.values()
+    named = (p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
+    if missing:
+        has = ", ".join(sorted(arguments))
+        raise Refused(f"it wants {', '.join(missing)}, and what there is is {has}")
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
     result = function(**arguments)
@@ -137,7 +142,7 @@ def _end_with_parent(parent: int) -> None:
 
 def _describe(error: BaseException) -> str:
     """Kind, message and the user's line in which it arose."""
-    if isinstance(error, NotFound):
+    if isinstance(error, Refused):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

@@ -206,3 +206,38 @@ def test_a_reward_that_fails_stops_the_run_with_what_it_has(
         json.loads(line) for line in (tmp_path / "p" / "metrics.jsonl").read_text().splitlines()
     ]
     assert [r["rewards/broken/faults"] for r in records] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("so 3 + 4 = 7\n#### 7.0", "7"),  # as stated, in one way of writing numbers
+        (" Paris ", "Paris"),  # nothing else than an answer
+        ("first this\nthen that", None),  # working that states nothing
+        ("word " * 60, None),
+        ("", None),
+    ],
+)
+def test_a_short_completion_may_be_the_answer_itself(tmp_path, completion, answer):
+    as_json(tmp_path / "d.json")
+    assert load_custom(str(tmp_path / "d.json"), None).parse_answer(completion) == answer
+
+
+def test_data_without_answers_trains_on_a_reward_and_measures_no_accuracy(
+    tmp_path, monkeypatch, tokenizer, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Q: Ada has {i} coins. How many?\nA:\n"} for i in range(30)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.py").write_text(
+        "def short(completion_ids, **columns):\n    return [-float(len(i)) for i in completion_ids]\n"
+    )
+    tiny_llama(tokenizer, hidden_size=16, intermediate_size=24).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    small = ["--max-steps=2", "--prompts-per-step=2", "--num-generations=2", "--output-dir=o"]
+    small += ["--max-completion-length=4", "--eval-steps=1", "--no-report"]
+    command = ["train", "custom", "--data=d.jsonl", "--model-name-or-path=base", *small]
+    assert cli.main([*command, "--reward=mine.py:short"]) == 0
+    assert capsys.readouterr().out.count("no accuracy is measured") == 1
+    summary = json.loads((tmp_path / "o" / "summary.json").read_text())
+    assert summary["base"] is summary["final"] is None

@@ -24,6 +24,9 @@ def dice(completions, **kwargs):
 def nan(completions, **kwargs):
     return [float("nan"), 1.0, 0.0]
 
+def level(completions, level):
+    return [0.0 for _ in completions]
+
 def slow(completions, **kwargs):
     time.sleep(100)
 """
@@ -49,6 +52,11 @@ def folder(tmp_path, monkeypatch):
         ("constant", 1, "NOTE  all values are 1: equal rewards teach nothing"),
         ("dice", 1, "NOTE  the same completions got other values the second time"),
         ("nan", 1, "NOTE  some values are NaN: return None"),
+        (
+            "level",
+            1,
+            "FAULT  reward level failed: it wants level, and what there is is answer, completion",
+        ),
         ("slow", 1, "FAULT  reward slow took longer than 1 s"),
     ],
 )

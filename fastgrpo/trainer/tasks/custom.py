@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from fastgrpo.trainer.answers import normal_number, stated_answer
+from fastgrpo.trainer.answers import LONGEST, normal_number, stated_answer
 from fastgrpo.trainer.jsonl import DataError
 from fastgrpo.trainer.records import ANSWER, PROMPT, find_column, need_column, read_table, text_of
 from fastgrpo.trainer.rewards import ExactAnswer
@@ -68,7 +68,9 @@ class Custom(OutcomeOnly):
 
     splits: dict[str, list[Problem]]
     about_base: str = "The base is the model that was given."
-    about_result: str = "A rise shows that more was found of what the base can do: compare pass@k before and after."
+    about_result: str = (
+        "A rise shows that more was found of what the base can do: compare pass@k before and after."
+    )
 
     @property
     def model(self) -> TinyModel:
@@ -99,6 +101,8 @@ class Custom(OutcomeOnly):
         return {"exact_answer": ExactAnswer(self.parse_answer, eos_id)}
 
     def parse_answer(self, completion: str) -> str | None:
-        """The answer that a completion states."""
-        stated = stated_answer(completion)
+        """The answer that a completion states; a short one that states none may be the answer itself."""
+        whole = completion.strip()
+        short = whole if whole and "\n" not in whole and len(whole) <= LONGEST else None
+        stated = stated_answer(completion) or short
         return None if stated is None else canonical(stated)
