@@ -58,6 +58,21 @@ def _cpu(group: Rows, row: Row) -> Iterable[tuple[str, float, float, bool]]:
             yield "times faster than the best peer", 1.05, min(peers), True
         if LIGER in against and not row.frozen_head:
             yield "times faster than Liger", 2.7, against[LIGER], True
+    if row.what == "linear" and row.mode == "train" and row.active == 0.4:
+        # Rows packed by hand are work that the user has done; idle rows by advantage nobody else can leave out.
+        ours = group.get("fastgrpo, active rows only") or group.get("fastgrpo")
+        peers = [
+            r.ms
+            for name, r in group.items()
+            if not r.ours and not r.floor and "packed" not in name
+        ]
+        if ours and peers and row.dtype == "bfloat16":
+            yield (
+                "times faster than the best peer given the same mask",
+                1.9,
+                min(peers) / ours.ms,
+                True,
+            )
 
 
 def _gpu(group: Rows, row: Row) -> Iterable[tuple[str, float, float, bool]]:

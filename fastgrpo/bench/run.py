@@ -18,7 +18,7 @@ from fastgrpo import backend_report
 from fastgrpo.bench.judge import errors, is_wrong, required
 from fastgrpo.bench.measure import Clock, Timing, interleave
 from fastgrpo.bench.problems import Case, make_problem
-from fastgrpo.bench.providers import PROVIDERS, Contestant, Provider, Unavailable
+from fastgrpo.bench.providers import PROVIDERS, Contestant, NotApplicable, Provider, Unavailable
 from fastgrpo.bench.rows import Row, compare
 
 # Calls per repetition of what takes microseconds.
@@ -103,6 +103,9 @@ def run_case(
             first = time.perf_counter()
             outputs = contestant.run()
             row.cold_ms = (time.perf_counter() - first) * 1e3  # compiles
+        except NotApplicable:
+            del rows[entry.name]
+            continue
         except Unavailable as reason:
             row.unavailable = str(reason)
             say(f"  {entry.name}: not measured, {reason}")

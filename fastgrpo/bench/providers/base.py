@@ -15,6 +15,10 @@ class Unavailable(Exception):
     """Why a provider does not take part."""
 
 
+class NotApplicable(Exception):
+    """The case is none of the provider's: it gets no row."""
+
+
 def nothing() -> None:
     """Prepare nothing."""
 

@@ -6,9 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo import linear_grpo_loss
+from fastgrpo import linear_grpo_loss, plan_rows
 from fastgrpo.bench.problems import EPSILON, Problem, plain_loss
-from fastgrpo.bench.providers.base import Contestant, Outputs, Unavailable, provider
+from fastgrpo.bench.providers.base import (
+    Contestant,
+    NotApplicable,
+    Outputs,
+    Unavailable,
+    provider,
+)
 from fastgrpo.functional.linear.gemm import Precision
 
 TRL_VOCAB_CHUNK = 32_768  # TRL's default
@@ -50,12 +56,28 @@ def loss_by(
     return Contestant(run)
 
 
-def _eager(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
-    def score(hidden: Tensor, weight: Tensor) -> Tensor:
-        x = (hidden @ weight.T).float().log_softmax(-1)
-        return x.gather(-1, problem.token_ids[..., None])[..., 0]
+def plain_score(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    """Log-probs the plain way: float32 softmax of the rounded logits."""
+    return (hidden @ weight.T).float().log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
 
-    return score
+
+def _eager(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda hidden, weight: plain_score(hidden, weight, problem.token_ids)
+
+
+def _packed(
+    problem: Problem, score: Callable[[Tensor, Tensor, Tensor], Tensor] = plain_score
+) -> Contestant:
+    """The live rows copied together first, as a careful user would write it."""
+    live = problem.mask
+    if bool(live.all()):
+        raise NotApplicable
+
+    def packed(hidden: Tensor, weight: Tensor) -> Tensor:
+        logprob = score(hidden[live], weight, problem.token_ids[live])
+        return torch.zeros_like(problem.old_logprob).masked_scatter(live, logprob)
+
+    return loss_by(problem, packed)
 
 
 @provider("linear", "eager")
@@ -68,6 +90,18 @@ def eager(problem: Problem) -> Contestant:
 def compiled(problem: Problem) -> Contestant:
     """The same, compiled as one function."""
     return loss_by(problem, _eager(problem), whole=True)
+
+
+@provider("linear", "eager, rows packed", skips="mask", note="live rows copied together by hand")
+def eager_packed(problem: Problem) -> Contestant:
+    """Eager on the live rows alone."""
+    return _packed(problem)
+
+
+@provider("linear", "torch.compile, rows packed", skips="mask", note="the same, log-probs compiled")
+def compiled_packed(problem: Problem) -> Contestant:
+    """The log-probs of the live rows compiled; the number of rows is static, its best case."""
+    return _packed(problem, torch.compile(plain_score, dynamic=False))
 
 
 @provider(
@@ -144,17 +178,26 @@ def torch_chunked(problem: Problem) -> Contestant:
     return loss_by(problem, score)
 
 
-def _ours(problem: Problem, precision: Precision) -> Contestant:
+def _ours(problem: Problem, precision: Precision, score_inactive: bool = True) -> Contestant:
 
     def run() -> Outputs:
         hidden, weight = leaves(problem)
+        plan = None
+        if not score_inactive:
+            plan = plan_rows(
+                problem.mask, problem.advantage, objective=problem.objective, score_inactive=False
+            )
         out = linear_grpo_loss(
             hidden, weight, problem.token_ids, problem.advantage, problem.mask,
             old_logprob=problem.old_logprob, ref_logprob=problem.ref_logprob,
             objective=problem.objective, logits_precision=precision, with_entropy=problem.case.entropy,
+            plan=plan,
         )  # fmt: skip
         assert out.logprob is not None
-        return finish(hidden, weight, {"loss": out.loss, "logprob": out.logprob}, out.loss)
+        outputs = {"loss": out.loss}
+        if score_inactive:
+            outputs["logprob"] = out.logprob
+        return finish(hidden, weight, outputs, out.loss)
 
     return Contestant(run)
 
@@ -163,6 +206,21 @@ def _ours(problem: Problem, precision: Precision) -> Contestant:
 def ours(problem: Problem) -> Contestant:
     """`linear_grpo_loss` with logits_precision="auto"."""
     return _ours(problem, "auto")
+
+
+@provider(
+    "linear",
+    "fastgrpo, active rows only",
+    ours=True,
+    entropy=True,
+    skips="mask, zero advantage, clipped",
+    note="plan_rows(score_inactive=False): no log-probs and metrics of rows without a gradient",
+)
+def ours_active(problem: Problem) -> Contestant:
+    """`linear_grpo_loss` that does not even score the rows of zero advantage."""
+    if problem.case.skip_by != "advantage":
+        raise NotApplicable
+    return _ours(problem, "auto", score_inactive=False)
 
 
 @provider(
