@@ -1,5 +1,6 @@
 """report.html: the result, curves and completions of a run in one file. No scripts, nothing fetched, text escaped."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -162,22 +163,25 @@ def answers(answered: Answered, shown: int = 2) -> str:
 
 
 def close_up(near: CloseUp) -> str:
-    """Completions of one question, token by token."""
+    """Completions of one question, token by token; equal ones once."""
     top = max((abs(r) for one in near.completions for r in one.log_ratio), default=0.0) or 1.0
-    rows = []
-    for one in near.completions:
+    times = Counter(tuple(one.tokens) for one in near.completions)
+    cards = []
+    for one in {tuple(one.tokens): one for one in near.completions}.values():
         tokens = "".join(
             f'<span style="{shade(r / top)}" title="log-ratio {r:+.4f}, advantage {a:+.2f}">{visible(text)}</span>'
             for text, r, a in zip(one.tokens, one.log_ratio, one.advantage, strict=True)
         )
         worth = sum(one.advantage) / max(1, len(one.advantage))
         kind = "up" if worth > 0 else "down" if worth < 0 else "se"
-        rows.append(f"<tr><td class={kind}>{worth:+.2f}</td><td class=tokens>{tokens}</td></tr>")
+        count = times[tuple(one.tokens)]
+        often = f" <span class=label>{count} times</span>" if count > 1 else ""
+        cards.append(f"<div><span class={kind}>{worth:+.2f}</span>{often}<pre>{tokens}</pre></div>")
     return (
         f"<p>Completions of one question in step {near.step}, each with its advantage. The step made <span "
         f'style="{shade(1)}">green</span> tokens likelier and <span style="{shade(-1)}">red</span> ones less likely; '
         f"the strongest colour is a log-ratio of {top:.2g}.</p>"
-        f"<div class=ask><pre>{escape(near.prompt)}</pre><table>{''.join(rows)}</table></div>"
+        f"<div class=ask><pre>{escape(near.prompt)}</pre><div class=group>{''.join(cards)}</div></div>"
     )
 
 

@@ -23,8 +23,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3em 0; padding: .
 .plots img { width: 100% }
 .ask { border: 1px solid #dde; border-radius: 6px; padding: .8em 1em; margin: .8em 0 }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1em }
-td.tokens { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace }
-.tokens span { border-radius: 2px }
+.group { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 1em; margin-top: .6em }
+.group pre span { border-radius: 2px }
 .right { border-left: 3px solid #2a9d5c }
 .wrong { border-left: 3px solid #c9503c }
 .note { background: #fff8e6; border-radius: 6px; padding: .5em .9em; margin: .4em 0 }

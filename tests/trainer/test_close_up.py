@@ -55,10 +55,12 @@ def test_tokens_are_those_of_one_question_and_their_log_ratios_add_up(seen):
 def test_it_goes_into_a_checkpoint_and_the_page(seen):
     _, _, near = seen
     assert CloseUp.of(asdict(near)) == near
-    page = render(replace(near, prompt="<b>"))
+    page = render(replace(near, prompt="<b>", completions=[*near.completions, near.completions[0]]))
     assert "<b>" not in page
     assert "&lt;b&gt;" in page
-    assert page.count("<tr>") == len(near.completions)
+    different = {tuple(one.tokens) for one in near.completions}
+    assert page.count("<pre><span") == len(different)
+    assert "2 times" in page
 
 
 def test_memory_is_that_of_the_tensors(seen):
