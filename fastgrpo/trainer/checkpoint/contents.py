@@ -206,7 +206,11 @@ def restore(state: State, checkpoint: Checkpoint, note: Callable[[str], None]) -
         if name in stored["with_grad"]:  # zero_grad makes zeros of them, and Adam moves on
             parameter.grad = torch.zeros_like(parameter)
     for name in ("step", "num_tokens", "bad_updates"):
+        if type(stored[name]) is not int:
+            raise Unusable(f"{name} is {stored[name]!r}")
         setattr(state, name, stored[name])
+    if state.step != checkpoint.position[0]:
+        raise Unusable(f"it stands at step {state.step}, its name says {checkpoint.position[0]}")
     state.replay = Replay(**stored["replay"])
     for name, reward in run.rewards.learning.items():
         learned = stored["learned"].get(name)
@@ -236,6 +240,8 @@ def _restore_rank(state: State, checkpoint: Checkpoint, num_streams: int) -> Non
                 f"it was saved in the middle of a step by {before} processes, and there are {ranks.world_size}"
             )
         state.scored = _scored_of(everyone[ranks.rank]["scored"], state.run.device)
+        if not state.scored.portions:
+            raise Unusable("its sampled batch is empty")
     rng.restore(everyone[ranks.rank if ranks.rank < before else 0]["rng"])
 
 

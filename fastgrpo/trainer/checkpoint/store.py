@@ -31,7 +31,7 @@ from fastgrpo.trainer.checkpoint.files import (
 Position = tuple[int, int]
 """(GRPO steps done, updates done of the step that has begun; -1 between steps)."""
 Entries = dict[str, Entry]
-NAME = re.compile(r"step-(\d{1,12})(?:\.u(\d{1,6}))?\Z")
+NAME = re.compile(r"step-([0-9]{1,12})(?:\.u([0-9]{1,6}))?\Z")
 LEFTOVERS = re.compile(r"\.(tmp|trash)-step-")
 BETWEEN_STEPS = -1
 
