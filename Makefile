@@ -4,7 +4,7 @@
 #   make test       lint, static GPU checks, all tests    make test-full  the slow tests as well
 #   make bench      every provider on this machine (BENCH="--quick" for a minute); results in runs/bench
 #   make gpu-check  proof on a machine with an NVIDIA GPU, in 9 minutes (GPU_CHECK=--dry-run rehearses on a CPU)
-#   make faults     200 kills, disk faults, damage, dead ranks    make soak   an hour of training under observation (SOAK_S)
+#   make faults     400 kills, disk faults, damage, dead ranks    make soak   an hour of training under observation (SOAK_S)
 #   make learning   every algorithm on the default job, three seeds each (an hour); results in docs/learning.md
 #   make callgrind  instruction counts of the CPU kernels against the committed baseline
 #
@@ -87,10 +87,12 @@ learning: build
 
 # One process: the kills are timed, and the tests fork.
 faults: build
-	$(BIN)/python -m pytest -m "slow or not slow" --durations=20 tests/trainer_faults
+	FAULTS_JSON=benchmarks/results/faults.json $(BIN)/python -m pytest -m "slow or not slow" --durations=20 tests/trainer_faults
+	$(BIN)/python -m benchmarks.readme_tables
 
 soak: build
-	$(BIN)/python -m tests.trainer_faults.soak --seconds $(SOAK_S)
+	$(BIN)/python -m tests.trainer_faults.soak --seconds $(SOAK_S) --out benchmarks/results/soak.json
+	$(BIN)/python -m benchmarks.readme_tables
 
 clean:
 	rm -rf build dist *.egg-info fastgrpo/*.so .mypy_cache .pytest_cache .ruff_cache

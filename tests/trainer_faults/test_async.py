@@ -224,7 +224,7 @@ class Whole(files.Disk):
         super().rename(old, new)
 
 
-def test_kill_at_every_system_call_of_a_save_in_the_background(monkeypatch, tmp_path):
+def test_kill_at_every_system_call_of_a_save_in_the_background(monkeypatch, tmp_path, trials):
     """The old checkpoint or the new one, never neither; and the new one is of the moment of the save."""
     config = replace(JOB, save_total_limit=1)
     state = State(make_run(config))
@@ -275,12 +275,13 @@ def test_kill_at_every_system_call_of_a_save_in_the_background(monkeypatch, tmp_
         shutil.rmtree(place)
     assert found == sorted(found)
     assert set(found) == {1, 2}
+    trials("kill -9 at every system call of a save in the background", len(found))
 
 
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name
 )
-def test_a_signal_while_a_save_is_under_way(waiting, tmp_path, number):
+def test_a_signal_while_a_save_is_under_way(waiting, tmp_path, trials, number):
     out, log = tmp_path / "run", tmp_path / "log"
     config = replace(JOB, output_dir=str(out), resume="auto", save_total_limit=2)
 
@@ -308,6 +309,7 @@ def test_a_signal_while_a_save_is_under_way(waiting, tmp_path, number):
         assert "To go on: fastgrpo train --resume" in text
         assert wait(fork_job(config, log)) == 0, log.read_text()
     assert (end_of(out, 4), records(out)) == (end_of(waiting, 4), records(waiting))
+    trials("SIGTERM, SIGINT, SIGUSR1 in each phase", 1)
 
 
 def test_memory_for_copies_is_used_again_and_what_is_not_needed_is_let_go():

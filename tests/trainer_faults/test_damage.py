@@ -105,7 +105,9 @@ DAMAGES = [
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("name", FILES)
-def test_damage_is_found_and_the_one_before_is_taken(two_checkpoints, tmp_path, name, damage):
+def test_damage_is_found_and_the_one_before_is_taken(
+    two_checkpoints, tmp_path, trials, name, damage
+):
     folder = tmp_path / "checkpoints"
     shutil.copytree(two_checkpoints, folder)
     damage(folder / "step-1.u2" / name, folder / "step-1")
@@ -117,9 +119,12 @@ def test_damage_is_found_and_the_one_before_is_taken(two_checkpoints, tmp_path, 
     assert "step-1.u2 is not used" in said[0]
     assert name in said[0]
     assert (folder / "step-1.u2").is_dir()
+    trials(
+        "a file missing, empty, cut, longer, of another step, a link, a pipe, or one bit flipped", 1
+    )
 
 
-def test_every_bit_of_a_manifest_matters(two_checkpoints, tmp_path):
+def test_every_bit_of_a_manifest_matters(two_checkpoints, tmp_path, trials):
     folder = tmp_path / "step-1"
     shutil.copytree(two_checkpoints / "step-1", folder)
     good = (folder / manifest.NAME).read_bytes()
@@ -129,6 +134,7 @@ def test_every_bit_of_a_manifest_matters(two_checkpoints, tmp_path):
         (folder / manifest.NAME).write_bytes(content)
         with pytest.raises(manifest.Invalid):
             Checkpoint(folder)
+    trials("one bit of a manifest flipped", len(range(0, len(good), 3)))
 
 
 def forge(folder: Path, change: Callable[[dict], object]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastgrpo.trainer.checkpoint.contents import contents, position
+from fastgrpo.trainer.checkpoint.files import Disk
 from fastgrpo.trainer.checkpoint.lock import FolderLock, Locked
 from fastgrpo.trainer.checkpoint.store import Store
 from fastgrpo.trainer.opening import open_run
@@ -25,7 +26,7 @@ from tests.trainer_faults.test_kill import Counting, install
 @pytest.mark.parametrize(
     "kind", [errno.ENOSPC, errno.EIO, errno.EACCES], ids=["full", "broken", "denied"]
 )
-def test_every_system_call_of_a_save_may_fail(monkeypatch, tmp_path, kind):
+def test_every_system_call_of_a_save_may_fail(monkeypatch, tmp_path, trials, kind):
     state = State(make_run(SMALL))
     first = [(name, [b"".join(content)]) for name, content in contents(state, {}, [])]
     Store(tmp_path / "good", limit=1).save(position(state), first)
@@ -55,6 +56,26 @@ def test_every_system_call_of_a_save_may_fail(monkeypatch, tmp_path, kind):
     assert (
         failures == number - 2 >= 40
     )  # all calls but the last: pruning an old one is no reason to stop
+    trials("error (no space, input/output, permission) at every system call of a save", number)
+
+
+def test_a_disk_that_writes_other_bits_than_it_was_given_is_found_at_once(monkeypatch, tmp_path):
+    state = State(make_run(SMALL))
+    store = Store(tmp_path, limit=1)
+    store.save(position(state), contents(state, {}, []))
+
+    class Flipping(Disk):
+        def write(self, descriptor, content):
+            wrong = bytearray(content)
+            wrong[-1] ^= 4
+            return super().write(descriptor, memoryview(wrong))
+
+    install(monkeypatch, Flipping())
+    state.step = 1
+    with pytest.raises(OSError, match="reads back with other bits than were written"):
+        store.save(position(state), contents(state, {}, []))
+    assert [path.name for path in store.names()] == ["step-0"]
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_training_goes_on_and_says_so(tmp_path):

@@ -20,7 +20,7 @@ GRID = list(
 
 
 @pytest.mark.parametrize(("portions", "iterations", "micro"), GRID)
-def test_resume_at_every_safe_point_is_exact(portions, iterations, micro, tmp_path):
+def test_resume_at_every_safe_point_is_exact(portions, iterations, micro, tmp_path, trials):
     """Between steps, after sampling, and after each update: the next checkpoint has the same bits, the step the same
     metrics. By induction so has the end of the run.
     """
@@ -57,6 +57,7 @@ def test_resume_at_every_safe_point_is_exact(portions, iterations, micro, tmp_pa
         number = other.step
         assert timeless(next(grpo(other.run, other)).numbers) == numbers[number], path.name
         assert everything(other) == ends[number], path.name
+    trials("resumed at every safe point of 12 combinations of options", len(paths))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_resume_at_every_safe_point_is_exact(portions, iterations, micro, tmp_pa
     ],
     ids=str,
 )
-def test_resume_is_exact_whatever_the_options(changes, tmp_path):
+def test_resume_is_exact_whatever_the_options(changes, tmp_path, trials):
     config = replace(SMALL, **changes)
     store = Store(tmp_path, limit=0)
     state = State(make_run(config))
@@ -82,6 +83,7 @@ def test_resume_is_exact_whatever_the_options(changes, tmp_path):
         restore(other, Checkpoint(path), pytest.fail)
         train(other)
         assert everything(other) == expected, path.name
+    trials("resumed and trained to the end under other options", len(store.names()[::5]))
 
 
 def test_steps_per_generation_trains_on_every_completion_once_per_iteration():

@@ -21,7 +21,7 @@ from tests.trainer_faults.runs import SMALL, end_of, fork, fork_job, make_run, r
 JOB = replace(SMALL, max_steps=5, eval_steps=2, eval_questions=4, eval_samples=2, resume="auto")
 
 
-def kill_trials(tmp_path: Path, seed: int, trials: int, background: bool) -> None:
+def kill_trials(tmp_path: Path, seed: int, wanted: int, background: bool, trials) -> None:
     """A run is killed at a random moment, taken up, perhaps killed again; its end is compared with one left alone."""
     rng, job = random.Random(seed), replace(JOB, async_save=background)
     alone = tmp_path / "alone"
@@ -30,7 +30,7 @@ def kill_trials(tmp_path: Path, seed: int, trials: int, background: bool) -> Non
     duration = time.monotonic() - begun
     expected, metrics = end_of(alone, JOB.max_steps), records(alone)
     killed = 0
-    while killed < trials:
+    while killed < wanted:
         out = tmp_path / f"run-{killed}"
         config = replace(job, output_dir=str(out))
         for _ in range(20):
@@ -49,19 +49,21 @@ def kill_trials(tmp_path: Path, seed: int, trials: int, background: bool) -> Non
         assert end_of(out, JOB.max_steps) == expected, "another end than without the kill"
         assert records(out) == metrics
         shutil.rmtree(out)
+    how = "in the background" if background else "while training waits"
+    trials(f"kill -9 at a random moment, saving {how}", killed)
 
 
-@pytest.mark.parametrize(("background", "trials"), [(False, 20), (True, 10)])
-def test_kills_at_random_moments(tmp_path, background, trials):
-    kill_trials(tmp_path, 0, trials, background)
+@pytest.mark.parametrize(("background", "wanted"), [(False, 20), (True, 10)])
+def test_kills_at_random_moments(tmp_path, trials, background, wanted):
+    kill_trials(tmp_path, 0, wanted, background, trials)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
 @pytest.mark.parametrize("seed", range(1, 11))
-def test_four_hundred_kills_at_random_moments(tmp_path, seed, background):
-    kill_trials(tmp_path, seed, 20, background)
+def test_four_hundred_kills_at_random_moments(tmp_path, trials, seed, background):
+    kill_trials(tmp_path, seed, 20, background, trials)
 
 
 class Counting(files.Disk):
@@ -133,7 +135,7 @@ def boundaries(saves, monkeypatch, tmp_path) -> list[str]:
     return disk.calls
 
 
-def test_kill_at_every_system_call_of_a_save(saves, monkeypatch, tmp_path):
+def test_kill_at_every_system_call_of_a_save(saves, monkeypatch, tmp_path, trials):
     folder, second = saves
     calls = boundaries(saves, monkeypatch, tmp_path)
     assert calls.count("fsync") == len(second) + 4  # manifest, draft twice, folder
@@ -162,6 +164,7 @@ def test_kill_at_every_system_call_of_a_save(saves, monkeypatch, tmp_path):
         shutil.rmtree(place)
     assert found == sorted(found), "the old one, and from some call on the new one"
     assert {1, 2} == set(found)
+    trials("kill -9 at every system call of a save", len(found))
 
 
 class PowerCut(BaseException):
@@ -198,7 +201,9 @@ class Volatile(Counting):
 
 
 @pytest.mark.parametrize("renames_survive", [True, False])
-def test_power_cut_at_every_system_call_of_a_save(saves, monkeypatch, tmp_path, renames_survive):
+def test_power_cut_at_every_system_call_of_a_save(
+    saves, monkeypatch, tmp_path, trials, renames_survive
+):
     """What was not synced is lost (file contents) or undone (names), in the order that hurts most."""
     folder, second = saves
     calls = boundaries(saves, monkeypatch, tmp_path)
@@ -226,3 +231,4 @@ def test_power_cut_at_every_system_call_of_a_save(saves, monkeypatch, tmp_path, 
         shutil.rmtree(place)
     assert found == sorted(found)
     assert found[-1] == 2
+    trials("power cut at every system call of a save", len(found))

@@ -215,7 +215,7 @@ def test_a_middle_of_a_step_needs_the_same_number_of_processes(alone):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_dies_ends_the_other_and_is_named(tmp_path, victim, number):
+def test_a_rank_that_dies_ends_the_other_and_is_named(tmp_path, trials, victim, number):
     """The whole job in two processes; one is killed (or stops answering) in training."""
     config = replace(
         SMALL, max_steps=100_000, output_dir=str(tmp_path / "run"), dead_rank_seconds=3.0
@@ -243,6 +243,7 @@ def test_a_rank_that_dies_ends_the_other_and_is_named(tmp_path, victim, number):
     )  # rank 0 keeps it; under torchrun its agent does
     assert named or (victim == 0 and store), text
     assert Store(place, 0).newest(print) is not None
+    trials("one of two processes killed or frozen: the other ends in time and names it", 1)
 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path):
@@ -263,7 +264,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ten_deaths_at_random_moments_and_every_end_is_the_same(tmp_path):
+def test_ten_deaths_at_random_moments_and_every_end_is_the_same(tmp_path, trials):
     rng = random.Random(0)
     job = replace(SMALL, max_steps=8, dead_rank_seconds=5.0, resume="auto")
 
@@ -288,6 +289,7 @@ def test_ten_deaths_at_random_moments_and_every_end_is_the_same(tmp_path):
         assert other != 0 or at == 0 or (tmp_path / "run" / "summary.json").exists()
     assert [wait(pid) for pid in start(tmp_path / "run")] == [0, 0], logs(tmp_path / "log")
     assert end_of(tmp_path / "run", 8) == expected
+    trials("one of two processes killed at a random moment, both started again", deaths)
 
 
 @pytest.mark.slow

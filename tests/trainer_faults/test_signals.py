@@ -37,7 +37,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_signal_in_any_phase(alone, tmp_path, phase, number):
+def test_a_signal_in_any_phase(alone, tmp_path, trials, phase, number):
     owner, name, when = PHASES[phase]
     out, log = tmp_path / "run", tmp_path / "log"
     config = replace(JOB, output_dir=str(out))
@@ -69,6 +69,7 @@ def test_a_signal_in_any_phase(alone, tmp_path, phase, number):
         assert wait(fork_job(config, log)) == 0, log.read_text()
         assert "resumed from" in log.read_text()
     assert (end_of(out, 3), records(out)) == alone
+    trials("SIGTERM, SIGINT, SIGUSR1 in each phase", 1)
 
 
 def test_sigterm_twice_still_saves_and_a_second_ctrl_c_stops_at_once(tmp_path):
