@@ -14,6 +14,7 @@ ATTEMPTS = 4
 FIRST_PAUSE_S = 0.5  # doubles after every failure
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 """Statuses that the next attempt may not meet again."""
+LARGEST_ANSWER = 1 << 30  # bytes
 BODY_SHOWN = 300  # characters of a refusal
 
 
@@ -67,13 +68,18 @@ class JsonServer:
         )
         connection = kind(parts.hostname, parts.port, timeout=self.timeout)
         try:
-            content = None if body is None else json.dumps(body).encode()
+            sent = None if body is None else json.dumps(body).encode()
             headers = {"Content-Type": "application/json", **self.headers}
-            connection.request(method, parts.path.rstrip("/") + path, content, headers)
+            connection.request(method, parts.path.rstrip("/") + path, sent, headers)
             answer = connection.getresponse()
-            text = answer.read().decode("utf-8", "replace")
+            content = answer.read(LARGEST_ANSWER + 1)
         finally:
             connection.close()
+        if len(content) > LARGEST_ANSWER:
+            raise Refused(f"{method} {self.url}{path}: more than {LARGEST_ANSWER >> 20} MB", 0)
+        if answer.length:  # what is still to come
+            raise http.client.IncompleteRead(content, answer.length)
+        text = content.decode("utf-8", "replace")
         if answer.status != http.client.OK:
             what = f"{method} {self.url}{path}: HTTP {answer.status}"
             raise Refused(f"{what}: {text.strip()[:BODY_SHOWN]}", answer.status)

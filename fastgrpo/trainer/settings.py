@@ -29,6 +29,7 @@ PLAINER = {
     r"Missing value for argument '(.*)'\. .*": r"\1 needs a value",
 }
 """tyro's complaints in our words."""
+LOOPBACK = re.compile(r"https?://(127\.\d+\.\d+\.\d+|localhost|\[::1\])(:\d+)?(/|$)")
 
 
 class SettingsError(ValueError):
@@ -42,9 +43,11 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     named = _take_option(list(rest), "--job")
     if named is not None:
         raise SettingsError(f"the job is the first word, not an option: fastgrpo train {named}")
-    path = _take_option(rest, "--config") or _config_of_resumed(rest)
-    if path is not None:
-        options = read_yaml(path)
+    path, resumed = _take_option(rest, "--config"), _config_of_resumed(rest)
+    if path is not None or resumed is not None:
+        options = read_yaml(path or str(resumed))
+        if path is None:
+            _refuse_effects(str(resumed), options, rest)
         job = job or options.pop("job", None)
         options.pop("job", None)
         rest = [*_as_flags(options), *rest]
@@ -152,6 +155,22 @@ def _config_of_resumed(arguments: Sequence[str]) -> str | None:
         if (folder / "config.yaml").is_file():
             return str(folder / "config.yaml")
     return None
+
+
+def _refuse_effects(path: str, options: dict[str, Any], arguments: list[str]) -> None:
+    """A run's folder may come from anybody: code to run and servers to send prompts to are named by hand."""
+    reward, servers = (str(options.get(name) or "") for name in ("reward", "vllm_server_base_url"))
+    outside = [
+        *(spec for spec in reward.split(",") if ":" in spec or spec.endswith(".py")),
+        *(url for url in servers.split(",") if url and not LOOPBACK.match(url.strip())),
+    ]
+    for name, value in (("--reward", reward), ("--vllm-server-base-url", servers)):
+        named = _take_option(list(arguments), name) is not None
+        if not named and any(part in outside for part in value.split(",")):
+            raise SettingsError(
+                f"{path} says {name} {value}, and a folder cannot say what code runs or where prompts go: name it "
+                "again on the command line"
+            )
 
 
 def _as_flags(options: dict[str, Any]) -> list[str]:
