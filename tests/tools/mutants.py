@@ -1,9 +1,10 @@
 """Mutation check of our own tests: change one token of the source, run the tests that guard it, expect a failure.
 
-`python -m tests.tools.mutants --group reference --count 40 --seed 0` works on a copy of the repository in a temporary
+`python -m tests.tools.mutants --group reference --count 40 --seed 0` works on a copy of the last commit in a temporary
 directory. Groups: reference (eager specification), triton (kernels, in the interpreter), cpu (C++, rebuilt each time),
-host (validation, batching, autograd). A mutant that does not compile or import is not counted. Results are appended as
-JSON lines; `--summary` prints the share killed and the survivors, which are either gaps or equivalent programs.
+host (validation, batching, autograd), linear (from hidden states to the loss). A mutant that does not compile or import
+is not counted. Results are appended as JSON lines; `--summary FILE.json` prints the share killed and the survivors,
+which are either gaps or equivalent programs, and writes them down.
 """
 
 import argparse
@@ -18,12 +19,13 @@ import sys
 import tempfile
 import time
 import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = ROOT / "tests" / "mutation" / "results.jsonl"
+RESULTS = ROOT / "runs" / "mutants.jsonl"
 LIMIT_S = 240
 
 SWAPS = {
@@ -58,7 +60,7 @@ class Group:
 
 _KERNELS = ("row", "row_gradient", "token_logprob", "policy_terms", "policy_loss", "policy_metrics", "grpo_loss",
             "kl_terms", "gates", "numerics", "kl_estimate", "scale_gradient")  # fmt: skip
-_PARTS = ("logits", "losses", "limits", "batch")
+_PARTS = ("logits", "losses", "limits", "batch", "linear")
 _CATALOGUE = tuple(f"tests/ops/test_catalogue_{part}.py" for part in _PARTS)
 GROUPS = {
     "reference": Group(
@@ -85,6 +87,14 @@ GROUPS = {
         ("tests/test_losses.py", *_CATALOGUE, "tests/ops/test_errors.py", "tests/ops/test_errors_elsewhere.py",
          "tests/ops/test_autograd.py", "tests/ops/test_autograd_modes.py", "tests/test_metrics.py",
          "tests/test_rollout_correction.py", "tests/ops/test_determinism.py", "tests/ops/test_large_offsets.py"),
+    ),
+    "linear": Group(
+        ("fastgrpo/functional/linear/*.py", "fastgrpo/functional/linear_*.py", "fastgrpo/linear_losses.py",
+         "fastgrpo/row_plan.py"),
+        ("tests/ops/test_catalogue_linear.py", "tests/test_linear_grpo_loss.py", "tests/test_linear_token_logprob.py",
+         "tests/test_linear_errors.py", "tests/test_linear_products.py", "tests/test_linear_precision.py",
+         "tests/test_linear_room.py", "tests/test_row_plan.py", "tests/test_linear_trl.py",
+         "tests/test_linear_compile.py"),
     ),
 }  # fmt: skip
 
@@ -135,17 +145,17 @@ def cpp_tokens(text: str) -> Iterator[tuple[int, int, str]]:
             yield row, match.start(), match.group()
 
 
-def candidates(name: str) -> list[Mutant]:
+def candidates(name: str, folder: Path) -> list[Mutant]:
     """Every mutant of a group."""
     found = []
-    paths = [path for pattern in GROUPS[name].files for path in sorted(ROOT.glob(pattern))]
+    paths = [path for pattern in GROUPS[name].files for path in sorted(folder.glob(pattern))]
     for path in paths:
         text = path.read_text(encoding="utf-8")
         tokens = python_tokens(text) if path.suffix == ".py" else cpp_tokens(text)
         lines = text.splitlines()
         for row, column, token in tokens:
             for after in SWAPS.get(token, ()):
-                file = str(path.relative_to(ROOT))
+                file = str(path.relative_to(folder))
                 found.append(
                     Mutant(name, file, row, column, token, after, lines[row - 1].strip()[:90])
                 )
@@ -153,16 +163,9 @@ def candidates(name: str) -> list[Mutant]:
 
 
 def copy_repository(folder: Path) -> None:
-    """Tracked files and compiled libraries; the copy is what gets changed."""
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in listed.stdout.splitlines():
-        source = ROOT / name
-        if source.is_file():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target)
+    """The last commit and the compiled libraries; the copy is what gets changed."""
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True)
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
     for library in (ROOT / "fastgrpo").glob("*.so"):
         shutil.copy2(library, folder / "fastgrpo")
 
@@ -224,11 +227,11 @@ def try_mutant(mutant: Mutant, folder: Path) -> None:
 
 def campaign(name: str, count: int, seed: int, output: Path) -> None:
     """Draw mutants until `count` of them were valid."""
-    pool = candidates(name)
-    random.Random(seed).shuffle(pool)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copy_repository(folder)
+        pool = candidates(name, folder)
+        random.Random(seed).shuffle(pool)
         if GROUPS[name].build and not build(folder):
             raise RuntimeError("the unchanged copy does not build")
         outcome, by = run_tests(GROUPS[name], folder)
@@ -246,21 +249,35 @@ def campaign(name: str, count: int, seed: int, output: Path) -> None:
                   f"{mutant.before} -> {mutant.after}  {mutant.by}", flush=True)  # fmt: skip
 
 
-def summary(output: Path) -> None:
-    """Share killed per group and the survivors."""
-    mutants = [
-        Mutant(**json.loads(line)) for line in output.read_text(encoding="utf-8").splitlines()
-    ]
+def summary(output: Path, report: Path | None) -> None:
+    """Share killed per group and the survivors; a mutant that was tried again counts as it came out last."""
+    lines = output.read_text(encoding="utf-8").splitlines()
+    tried = [Mutant(**json.loads(line)) for line in lines]
+    last = {(m.group, m.file, m.line, m.column, m.after): m for m in tried}
+    valid = [m for m in last.values() if m.outcome in ("killed", "survived")]
+    groups = {}
     for name in GROUPS:
-        valid = [m for m in mutants if m.group == name and m.outcome in ("killed", "survived")]
-        killed = [m for m in valid if m.outcome == "killed"]
-        if valid:
-            print(
-                f"{name}: {len(killed)} of {len(valid)} killed ({100 * len(killed) / len(valid):.0f} %)"
-            )
-    for m in mutants:
-        if m.outcome == "survived":
-            print(f"survived: {m.file}:{m.line}:{m.column} {m.before} -> {m.after} in: {m.source}")
+        own = [m for m in valid if m.group == name]
+        killed = sum(m.outcome == "killed" for m in own)
+        if own:
+            groups[name] = {"mutants": len(own), "killed": killed}
+            print(f"{name}: {killed} of {len(own)} killed ({100 * killed / len(own):.0f} %)")
+    survivors = [
+        f"{m.file}:{m.line} {m.before} -> {m.after} in: {m.source}"
+        for m in valid
+        if m.outcome == "survived"
+    ]
+    print("\n".join(f"survived: {text}" for text in survivors))
+    if report is not None:
+        killers = Counter(m.by.split("::")[0] for m in valid if m.outcome == "killed")
+        content = {
+            "mutants": len(valid),
+            "killed": sum(g["killed"] for g in groups.values()),
+            "groups": groups,
+            "survivors": survivors,
+            "killed_by": dict(killers.most_common()),
+        }
+        report.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -270,13 +287,15 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--summary", action="store_true")
+    parser.add_argument(
+        "--summary", type=Path, help="JSON file for what came of all results so far"
+    )
     options = parser.parse_args()
     options.output.parent.mkdir(exist_ok=True)
     if options.group:
         campaign(options.group, options.count, options.seed, options.output)
     if options.summary or not options.group:
-        summary(options.output)
+        summary(options.output, options.summary)
     return 0
 
 
