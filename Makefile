@@ -5,7 +5,7 @@
 #   make bench      every provider on this machine (BENCH="--quick" for a minute); results in runs/bench
 #   make gpu-check  proof on a machine with an NVIDIA GPU, in 9 minutes (GPU_CHECK=--dry-run rehearses on a CPU)
 #   make faults     400 kills, disk faults, damage, dead ranks    make soak   an hour of training under observation (SOAK_S)
-#   make learning   every algorithm on the default job, three seeds each (an hour); results in docs/learning.md
+#   make learning   every algorithm on the default job, three seeds each (an hour and a half); results in docs/learning.md
 #   make callgrind  instruction counts of the CPU kernels against the committed baseline
 #
 # TORCH_INDEX=<url>  takes torch from another index, for instance one with its smaller CPU build

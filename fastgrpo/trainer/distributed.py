@@ -76,6 +76,12 @@ class Ranks:
         """Sum over ranks, on the CPU."""
         return self._reduce(values.detach().cpu().clone(), dist.ReduceOp.SUM)
 
+    def mean(self, values: Tensor) -> float:  # [N]
+        """Mean of the entries of all ranks."""
+        mine = torch.tensor([values.double().sum().item(), len(values)], dtype=torch.float64)
+        total, count = self.sum(mine).tolist()
+        return total / count
+
     def _reduce(self, values: Tensor, how: Any) -> Tensor:
         if self.world_size > 1:
             dist.all_reduce(values, how, group=self.group)

@@ -111,7 +111,7 @@ def sample(state: State, objective: Objective, clock: Clock) -> Scored:
         worth = run.rewards.total(mine)
     if config.supervision == "process":
         lines = reward_lines(run.task, run.tokenizer, asked, rollout)
-        numbers["step_reward"] = float(lines.reward.mean())
+        numbers["step_reward"] = run.ranks.mean(lines.reward)
         worth = lines.per_token() if state.critic else lines.advantage(config.num_generations)
     clock.lap("score")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgrpo.trainer import distributed
 from fastgrpo.trainer.checkpoint import tree
 from fastgrpo.trainer.checkpoint.contents import contents, position, restore
 from fastgrpo.trainer.checkpoint.store import Checkpoint, Store, name_of
@@ -13,11 +14,12 @@ from fastgrpo.trainer.checkpoint.weights import Unusable
 from fastgrpo.trainer.distributed import Ranks
 from fastgrpo.trainer.reward_process import RewardFault
 from fastgrpo.trainer.state import State
-from tests.trainer_faults.runs import SMALL, everything, make_run, train
+from tests.trainer_faults.runs import SMALL, everything, make_run, train, wait
 from tests.trainer_faults.test_ranks import (
     FIVE,
     difference,
     five_steps,
+    fork_ranks,
     numbers_of,
     train_ranks,
 )
@@ -81,6 +83,18 @@ def test_two_ranks_train_by_ppo_as_one_does(tmp_path, kind):
     pairs = zip(numbers_of(tmp_path / "two"), numbers_of(tmp_path / "alone"), strict=True)
     for mine, theirs in pairs:
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def test_a_mean_over_ranks_counts_every_entry_once(tmp_path):
+    """Rank 0 has 1, 2, 3, rank 1 has 10: the mean reward of a line under process supervision."""
+
+    def action() -> int:
+        ranks = distributed.start("ddp", dead_after=30)
+        mean = ranks.mean(torch.tensor([10.0]) if ranks.rank else torch.tensor([1.0, 2.0, 3.0]))
+        ranks.stop()
+        return int(mean)
+
+    assert [wait(pid) for pid in fork_ranks(action, 2, tmp_path / "log")] == [4, 4]
 
 
 LEARNER = """
