@@ -76,8 +76,8 @@ def linear_grpo_loss(
     at once: three matrix products, two for a frozen head, none in backward. Masked tokens take part in no product;
     tokens whose gradient is known to be exactly 0 (see `plan_rows`) only in the first. For an objective that looks at
     whole sequences, chunks end where sequences do; a sequence of more tokens than a chunk holds is scored first and
-    recomputed for its gradient (`backend_report().paths` tells). The products run in autocast's dtype if autocast is on, else in
-    that of `hidden`; gradients have the dtypes of their tensors, and the weight's is summed in float32.
+    recomputed for its gradient (`backend_report().paths` tells). The products run in autocast's dtype if autocast is
+    on, else in that of `hidden`; gradients have the dtypes of their tensors, and the weight's is summed in float32.
 
     Args:
         hidden: Last hidden states at the positions that predict `token_ids`.

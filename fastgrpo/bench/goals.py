@@ -62,9 +62,7 @@ def _cpu(group: Rows, row: Row) -> Iterable[tuple[str, float, float, bool]]:
         # Rows packed by hand are work that the user has done; idle rows by advantage nobody else can leave out.
         ours = group.get("fastgrpo, active rows only") or group.get("fastgrpo")
         peers = [
-            r.ms
-            for name, r in group.items()
-            if not r.ours and not r.floor and "packed" not in name
+            r.ms for name, r in group.items() if not r.ours and not r.floor and "packed" not in name
         ]
         if ours and peers and row.dtype == "bfloat16":
             yield (

@@ -132,7 +132,7 @@ def linear_token_logprob(
             fast: on GPUs and on CPUs with AVX512-BF16; their log-probs are exact to 1e-5. Elsewhere it is "input",
             which rounds the logits to the products' dtype as everybody else does: off by up to 2^-9 of the largest
             logit. "float32" keeps them everywhere, and makes the gradient products from unrounded gradients of the
-            logits (1.6 times the work; float32 products on CPUs without AVX512-BF16). `backend_report()` tells what ran.
+            logits (1.6 times the work; float32 products on CPUs without AVX512-BF16). `backend_report()` tells which.
         workspace_bytes: Memory for logits at a time, whatever the number of tokens. Default: 160 MiB on a CPU (kept for
             the next call until `release_workspace()`), a 32nd of a GPU's memory within 1 to 2.5 GiB.
         capacity: Work on exactly this many rows, live ones first: static shapes and no sync, as graph capture needs.

@@ -1,7 +1,13 @@
 """Who is measured, by kind of problem: `PROVIDERS[what]` is filled by the modules of this folder."""
 
 from fastgrpo.bench.providers import advantage, gpu_peers, linear, logits
-from fastgrpo.bench.providers.base import PROVIDERS, Contestant, NotApplicable, Provider, Unavailable
+from fastgrpo.bench.providers.base import (
+    PROVIDERS,
+    Contestant,
+    NotApplicable,
+    Provider,
+    Unavailable,
+)
 
 __all__ = [
     "PROVIDERS",
