@@ -4,8 +4,6 @@ A method that a system does not have raises NotImplementedError and shows as a d
 in Triton's interpreter (TRITON_INTERPRET=1), which executes their real source.
 """
 
-# ruff: noqa: D102 (the interface is documented once, in System)
-
 from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -51,7 +51,9 @@ class Gsm8k(OutcomeOnly):
 
     splits: dict[str, list[Problem]]
     about_base: str = "The base is the model that was given."
-    about_result: str = "A rise shows that more was found of what the base can do: compare pass@k before and after."
+    about_result: str = (
+        "A rise shows that more was found of what the base can do: compare pass@k before and after."
+    )
 
     @property
     def model(self) -> TinyModel:
