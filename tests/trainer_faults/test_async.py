@@ -85,6 +85,30 @@ def test_two_ranks_save_in_the_background(tmp_path, kind):
     assert ends[0] == ends[1]
 
 
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
+def test_a_disk_that_fails_under_one_of_two_ranks_costs_both_that_checkpoint(tmp_path, background):
+    config = replace(JOB, async_save=background, output_dir=str(tmp_path / "run"))
+
+    def job() -> int:
+        patch, write, calls = pytest.MonkeyPatch(), Store._write, []
+
+        def fails_once(self, *arguments):
+            calls.append(1)
+            if len(calls) == 2 and self.rank == 1:
+                raise OSError(errno.EIO, "Input/output error")
+            write(self, *arguments)
+
+        patch.setattr(Store, "_write", fails_once)
+        return run_job(config, time.time())
+
+    pids = fork_ranks(job, 2, tmp_path / "log")
+    assert [wait(pid) for pid in pids] == [0, 0], logs(tmp_path / "log")
+    text = logs(tmp_path / "log")
+    assert "WARNING: checkpoint step-2 could not be saved: rank 1: " in text
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-1", "step-3", "step-4"]
+
+
 def test_training_does_not_wait_and_nothing_that_it_changes_is_written(tmp_path):
     """The write is held up until all of the state has been overwritten."""
     may_write, sync = threading.Event(), []

@@ -264,9 +264,10 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ten_deaths_at_random_moments_and_every_end_is_the_same(tmp_path, trials):
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
+def test_ten_deaths_at_random_moments_and_every_end_is_the_same(tmp_path, trials, background):
     rng = random.Random(0)
-    job = replace(SMALL, max_steps=8, dead_rank_seconds=5.0, resume="auto")
+    job = replace(SMALL, max_steps=8, dead_rank_seconds=5.0, resume="auto", async_save=background)
 
     def start(out: Path) -> list[int]:
         config = replace(job, output_dir=str(out))
