@@ -7,14 +7,14 @@ import torch
 from fastgrpo import grpo_loss
 from fastgrpo.testing import make_inputs
 from tests.ops.bad_arguments import BAD_HEADS, BAD_MASKS, valid_arguments
-from tests.ops.common import OBJECTIVES, PATHS, score
+from tests.ops.common import LINEAR_PATHS, OBJECTIVES, PATHS, score
 
 
 def main() -> None:
     """Hash every output bit and every message."""
     digest = hashlib.sha256()
     data = make_inputs(3, 4, 37, seed=1)
-    for path in PATHS:
+    for path in (*PATHS, *LINEAR_PATHS):
         for objective in OBJECTIVES.values():
             out = score(
                 path, data.logits, data.token_ids, data.advantage, data.mask, old_logprob=data.old_logprob,
