@@ -7,8 +7,9 @@ from fastgrpo.trainer.checkpoint import tree
 from fastgrpo.trainer.checkpoint.staging import Staging
 from fastgrpo.trainer.checkpoint.weights import part_files
 from fastgrpo.trainer.distributed import Ranks
+from tests.gpu.common import real_gpu
 
-pytestmark = pytest.mark.gpu
+pytestmark = real_gpu
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
