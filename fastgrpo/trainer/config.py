@@ -73,7 +73,7 @@ class TrainConfig:
     reward_weights: str | None = None
     """Weights of the rewards, with commas between. Default: 1 each."""
     reward_timeout: float = 60.0
-    """Seconds that your reward function may take for a batch before its process is killed."""
+    """Seconds that your reward function may take for a batch (or for `refit`) before its process is killed."""
     on_reward_fault: Literal["stop", "skip"] = "stop"
     """When a reward function fails: stop, or skip its scores and say so."""
 
@@ -137,7 +137,8 @@ class TrainConfig:
     """Mini-batches (updates) that a sampled batch is divided into, whole groups at a time; each is seen num_iterations
     times."""
     ref_sync_steps: int = 0
-    """Iterative GRPO: copy the policy to the reference every so many steps; 0 keeps the first reference."""
+    """Iterative GRPO: every so many steps the policy becomes the reference, and rewards that have `refit` are trained
+    further. 0 keeps the first reference."""
 
     # PPO (--objective ppo): a value model instead of groups; beta is the weight of the KL in the reward
     gamma: float = 1.0
