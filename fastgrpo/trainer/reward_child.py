@@ -8,6 +8,7 @@ name a method: `score`; and, of objects that learn, `refit`, `save` and `load` (
 
 import asyncio
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import inspect
@@ -21,6 +22,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+PR_SET_CHILD_SUBREAPER = 36
 
 
 class Refused(Exception):
@@ -101,15 +104,19 @@ def respond(reward: Any, method: str, arguments: dict[str, Any]) -> dict[str, An
     return {}
 
 
+def be_expendable() -> None:
+    """If memory runs out, Linux takes this process, not the trainer; what this one starts can be found and killed."""
+    with contextlib.suppress(OSError, AttributeError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def main(spec: str, read_fd: int, write_fd: int, memory_bytes: int) -> None:
     """Serves requests until the trainer closes its end; with at most so much memory, unless that is 0."""
     if memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     os.dup2(2, 1)
-    with contextlib.suppress(
-        OSError
-    ):  # if memory runs out, the kernel takes this process and not the trainer
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    be_expendable()
     with (
         os.fdopen(read_fd, encoding="utf-8") as requests,
         os.fdopen(write_fd, "w", encoding="utf-8") as answers,

@@ -126,6 +126,9 @@ class ProcessReward:
     def stop(self) -> None:
         """Ends the child and all that it has started."""
         if self._child is not None:
+            for pid in descendants(self._child.pid):  # those that have left the group
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
@@ -180,6 +183,16 @@ class ProcessReward:
         except subprocess.TimeoutExpired:
             return "closed its connection"
         return f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and theirs; where Linux does not tell, none."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        children = [int(n) for task in tasks for n in (task / "children").read_text().split()]
+    except OSError:
+        return []
+    return [found for child in children for found in (child, *descendants(child))]
 
 
 class Grader:
