@@ -265,7 +265,7 @@ def test_options_that_cannot_be_meant_are_refused_in_one_line(arguments, message
 def test_quick_changes_defaults_and_nothing_that_was_asked_for():
     quick = parse(["--quick"], "")
     assert (quick.size, quick.tokens, quick.dtype, quick.budget) == (
-        (64, 2048),
+        (256, 32768),
         128,
         ["bfloat16"],
         1.0,

@@ -78,7 +78,8 @@ def main(argv: list[str]) -> int:
         )
         rows += done
         compare(rows)
-        goals = verdicts(rows, device.type == "cuda")
+        # Goals are for real shapes: small ones are bound by other things.
+        goals = [] if args.quick else verdicts(rows, device.type == "cuda")
         print_table(done, [goal for goal in goals if goal.case == str(case)])
         if args.out:  # after each case: an interrupted run keeps what it measured
             args.out.mkdir(parents=True, exist_ok=True)

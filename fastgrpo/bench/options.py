@@ -32,7 +32,7 @@ def parser(description: str) -> Parser:
     )
     p.add_argument("--mode", help=names(", ".join(MODES)) + " (default forward,train)")
     p.add_argument("--preset", help="model whose hidden size and vocabulary are used, or a size, 2048x151936 (default "
-                   "qwen2.5-0.5b, with --quick 64x2048)")  # fmt: skip
+                   "qwen2.5-0.5b, with --quick 256x32768)")  # fmt: skip
     p.add_argument(
         "--tokens",
         type=int,
@@ -54,7 +54,9 @@ def parser(description: str) -> Parser:
     p.add_argument("--budget", type=float, help="seconds per case (default 20, with --quick 1)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="folder for results.jsonl, results.md and results.png")
-    p.add_argument("--quick", action="store_true", help="small shapes, one dtype, in a minute")
+    p.add_argument(
+        "--quick", action="store_true", help="small shapes, one dtype, no goals, in a minute"
+    )
     return p
 
 
@@ -94,7 +96,7 @@ def _fill(args: argparse.Namespace) -> None:
     """The defaults that depend on other options, and lists instead of text."""
     quick = args.quick
     args.job = args.job or JOBS[0]
-    args.preset = args.preset or ("64x2048" if quick else "qwen2.5-0.5b")
+    args.preset = args.preset or ("256x32768" if quick else "qwen2.5-0.5b")
     if args.tokens is None:
         args.tokens = 128 if quick else 256 if args.device.type == "cpu" else 8192
     args.budget = (1.0 if quick else 20.0) if args.budget is None else args.budget
