@@ -98,8 +98,8 @@ def report() -> str:
             after = [100 * run["final"]["pass@1"] for run in mine]
             cells = [
                 f"{mean(after):.1f} ({min(after):.1f}-{max(after):.1f})",
-                f"{100 * mean(against):+.1f}",
-                f"{100 * min(against):+.1f}",
+                points(mean(against)),
+                points(min(against)),
                 f"{mean(run['mean_length']['final'] for run in mine):.1f}",
                 f"{mean(run['cpu_s'] for run in mine):.0f}",
                 f"**no: {100 * short[variant]:.1f} too low**" if variant in short else "yes",
@@ -108,12 +108,17 @@ def report() -> str:
     head = ["options", "pass@1 after, %", "against the default", "worst seed", "tokens", "CPU s"]
     seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in measured}))
     before = mean(100 * run["base"]["pass@1"] for run in measured if run["variant"] == DEFAULT)
-    verdict = "No algorithm falls short."
+    verdict = "None that was measured falls short."
     if short:
         verdict = f"**Short of the goal: {', '.join(named(variant) for variant in short)}.**"
     return table([*head, f"within {100 * ALLOWED:g} points"], rows) + (
         f"\nMeans over seeds {seeds} (lowest-highest); pass@1 before training {before:.1f} %. {verdict}\n"
     )
+
+
+def points(difference: float) -> str:
+    """A difference in percentage points, with its sign."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"  # -0.0 is none
 
 
 def named(variant: str) -> str:
