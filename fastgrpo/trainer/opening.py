@@ -1,7 +1,7 @@
 """Which folder a run works in, and what it goes on from. Nothing here imports torch."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastgrpo.trainer import rundir
@@ -49,7 +49,7 @@ def open_run(config: TrainConfig) -> Opened:
         assert folder is not None
         return Opened(folder, None, config.resume != "never", source)
     if folder is None:
-        path = rundir.claim(None, config.job, to_yaml(config), overwrite=False)
+        path = rundir.claim(None, config.job, _saved(config), overwrite=False)
         return Opened(path, _lock(path))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,9 +58,9 @@ def open_run(config: TrainConfig) -> Opened:
     lock = _lock(folder)
     try:
         if _goes_on(config, folder):
-            rundir.write_text(folder / rundir.CONFIG, to_yaml(config))
+            rundir.write_text(folder / rundir.CONFIG, _saved(config))
         else:
-            rundir.claim(folder, config.job, to_yaml(config), config.overwrite)
+            rundir.claim(folder, config.job, _saved(config), config.overwrite)
     except BaseException:
         lock.release()
         raise
@@ -83,6 +83,11 @@ def _target(config: TrainConfig) -> tuple[Path | None, Path | None]:
 def _goes_on(config: TrainConfig, folder: Path) -> bool:
     """Whether the run that the folder holds is to be taken up."""
     return config.resume != "never" and not config.overwrite and (folder / rundir.CONFIG).exists()
+
+
+def _saved(config: TrainConfig) -> str:
+    """The options that repeat the run: without what was said about the folder as it was found."""
+    return to_yaml(replace(config, resume="never", overwrite=False))
 
 
 def is_first() -> bool:

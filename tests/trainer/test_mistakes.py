@@ -105,3 +105,15 @@ def test_a_run_names_its_model(folder):
     assert model_folder("--model", "run").samefile(folder / "model")
     with pytest.raises(SettingsError, match=r"got 'runs' \(no such folder; no hub is asked\)"):
         model_folder("--model", "runs")
+
+
+def test_the_saved_options_repeat_a_run_that_was_replaced(folder):
+    small = ["--max-steps=1", "--prompts-per-step=2", "--num-generations=2", "--eval-questions=0"]
+    small += ["--eval-steps=0", "--no-report"]
+    assert cli.main(["train", "copy", *small, "--output-dir=a"]) == 0
+    assert cli.main(["train", "copy", *small, "--output-dir=a", "--overwrite"]) == 0
+    assert cli.main(["train", "--config=a/config.yaml", "--output-dir=b"]) == 0
+    first, second = ((folder / name / "config.yaml").read_text() for name in ("a", "b"))
+    assert first.replace("output_dir: a", "output_dir: b") == second
+    assert "overwrite: false" in first
+    assert cli.main(["train", "--config=a/config.yaml"]) == 2  # it does not replace by itself
