@@ -117,15 +117,18 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_result(monkeypatch, er
     assert found[0]["loss"] == pytest.approx(metrics[0]["loss"], rel=1e-5, abs=1e-7)
 
 
-def test_the_first_gradient_in_halves_is_the_whole_one(monkeypatch):
+@pytest.mark.parametrize("objective", ["grpo", "ppo"])
+def test_the_first_gradient_in_halves_is_the_whole_one(monkeypatch, objective):
     """Process by process: 12 completions at once, and as 1 + 2 + ... after three failures."""
     gradients = []
     for largest in (12, 2):
         with monkeypatch.context() as patch:
             run_out(patch, largest, MemoryError())
-            state = State(make_run(replace(ONE, max_steps=1)))
+            state = State(make_run(replace(ONE, max_steps=1, objective=objective)))
             train(state)
-            gradients.append(torch.cat([p.grad.flatten() for p in state.run.policy.parameters()]))
+            gradients.append(
+                torch.cat([p.grad.flatten() for p in state.named_parameters().values()])
+            )
     whole, halves = gradients
     assert torch.linalg.vector_norm(whole - halves) <= 1e-5 * torch.linalg.vector_norm(whole)
 
