@@ -246,6 +246,21 @@ def test_a_rank_that_dies_ends_the_other_and_is_named(tmp_path, trials, victim, 
     trials("one of two processes killed or frozen: the other ends in time and names it", 1)
 
 
+@pytest.mark.parametrize("wrong", ["everywhere", "rank 1"])
+def test_a_mistake_ends_both_ranks_said_once_and_no_folder_is_taken(tmp_path, wrong):
+    """A reward that is not there, or one that the second rank alone cannot load."""
+    reward = "nope"
+    if wrong == "rank 1":
+        code = 'import os\nassert os.environ["RANK"] == "0", "not here"\ndef f(**columns): pass\n'
+        (tmp_path / "mine.py").write_text(code)
+        reward = f"{tmp_path / 'mine.py'}:f"
+    config = replace(SMALL, output_dir=str(tmp_path / "run"), reward=reward)
+    pids = fork_ranks(lambda: run_job(config, time.time()), 2, tmp_path / "log")
+    assert [wait(pid) for pid in pids] == [2, 2], logs(tmp_path / "log")
+    assert logs(tmp_path / "log").count("error: --reward") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path):
     config = replace(SMALL, max_steps=100_000, output_dir=str(tmp_path / "run"), save_steps=0)
 
