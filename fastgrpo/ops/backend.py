@@ -11,6 +11,7 @@ FASTGRPO_BACKEND, read once, when this module is imported:
 
 import importlib
 import os
+import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,10 +91,24 @@ def _load_library(name: str) -> None:
         state.missing[name] = f"{path.name} was not built"
         return
     try:
+        _require_whole(path)
         torch.ops.load_library(str(path))
     except OSError as error:
         state.missing[name] = f"{path.name} does not load: {error}"
         warnings.warn(f"fastgrpo: {state.missing[name]}; its ops use slower kernels", stacklevel=3)
+
+
+def _require_whole(path: Path) -> None:
+    """Raises OSError for a library that a full disk or a power cut has left short: loading it would be a bus error."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return  # the loader says what it is
+    table, entry, count = struct.unpack_from(
+        "<Q10xHH", header, 40
+    )  # ELF ends with its section headers
+    if path.stat().st_size < table + entry * count:
+        raise OSError("it is cut off; build it again")
 
 
 def _register_launchers() -> None:

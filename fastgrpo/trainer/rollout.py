@@ -6,6 +6,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+ABOVE = 1e-3
+"""How far rounding (of bfloat16 logits, in a server) may put a log-probability above 0."""
+
 
 class SamplerError(RuntimeError):
     """A sampler cannot go on; the text says why and what to do."""
@@ -49,6 +52,35 @@ class Sampler(Protocol):
         """`num_samples` completions per prompt, up to the end token or the first of `pause_ids`; temperature 0 takes
         the likeliest token.
         """
+
+
+def check(rollout: Rollout, asked: int, vocabulary: int) -> Rollout:
+    """What a sampler returned for `asked` completions, if it can be trained on.
+
+    Raises:
+        SamplerError: There are more or fewer; or one has no token, one outside the vocabulary, or log-probabilities
+            that are none (NaN stands for a token that was not sampled, but not for all).
+    """
+    given = [len(rollout.prompt_ids), len(rollout.completion_ids), len(rollout.truncated)]
+    if given != [asked] * 3:
+        raise SamplerError(f"the sampler returned {given[1]} completions, {asked} were asked for")
+    for number, ids in enumerate(rollout.completion_ids):
+        what = f"the sampler returned completion {number}"
+        if not ids:
+            raise SamplerError(f"{what} without a token: not even its end")
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            raise SamplerError(
+                f"{what} with token {min(ids) if min(ids) < 0 else max(ids)}, and the model has {vocabulary}"
+            )
+        if rollout.logprob is None:
+            continue
+        logprob = rollout.logprob[number]
+        known = logprob[~logprob.isnan()]
+        if len(logprob) != len(ids) or not len(known) or known.isinf().any() or known.max() > ABOVE:
+            raise SamplerError(
+                f"{what} of {len(ids)} tokens with log-probabilities {logprob.tolist()[:8]}"
+            )
+    return rollout
 
 
 def join(parts: Sequence[Rollout]) -> Rollout:

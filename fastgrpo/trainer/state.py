@@ -18,7 +18,7 @@ from fastgrpo.trainer.distributed import full
 from fastgrpo.trainer.microbatch import Portion
 from fastgrpo.trainer.replay import Replay
 from fastgrpo.trainer.rewards import columns_of, records_of
-from fastgrpo.trainer.rollout import Rollout, SamplerError, join
+from fastgrpo.trainer.rollout import Rollout, SamplerError, check, join
 from fastgrpo.trainer.settings import SettingsError
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.tally import Tally
@@ -146,14 +146,14 @@ class State:
         for stream in sorted(self.streams):
             self.sampler.rng_state = self.streams[stream]
             asked = [problems[i] for i in self.questions(stream)]
-            parts.append(
-                self.sampler.sample(
-                    prompt_ids(self.run.tokenizer, asked),
-                    num_samples=config.num_generations,
-                    max_new_tokens=config.max_completion_length,
-                    temperature=config.temperature,
-                )
+            rollout = self.sampler.sample(
+                prompt_ids(self.run.tokenizer, asked),
+                num_samples=config.num_generations,
+                max_new_tokens=config.max_completion_length,
+                temperature=config.temperature,
             )
+            vocabulary = self.run.policy.model.config.vocab_size
+            parts.append(check(rollout, len(asked) * config.num_generations, vocabulary))
             self.streams[stream] = self.sampler.rng_state
         return join(parts)
 
