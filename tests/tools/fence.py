@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import fastgrpo.ops  # noqa: F401 (defines the ops)
+import fastgrpo.functional.linear.gemm_mixed
+import fastgrpo.ops  # noqa: F401 (defines the others)
 from fastgrpo import Objective
 from fastgrpo.batch import LossInputs, prepare
 from fastgrpo.functional.numbers import number_tensor
 from fastgrpo.testing import make_inputs
 
 PAGE = mmap.PAGESIZE
-OPS = torch.ops.fastgrpo
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -148,6 +148,36 @@ def flat_cases(tokens: int) -> Iterator[Case]:
         yield Case(f"policy {name} N={tokens}", "policy_loss", policy)
 
 
+def head_cases(rows: int, vocabulary: int, hidden: int) -> Iterator[Case]:
+    """The products of a head; sizes that fill no vector, tile or panel, ids outside of the vocabulary, padded rows."""
+    bf16 = torch.bfloat16
+    states, weight = torch.randn(rows, hidden).to(bf16), torch.randn(vocabulary, hidden).to(bf16)
+    wide = _rows(rows, vocabulary, torch.float32, vocabulary + 5)
+    residual, nothing = torch.rand(rows), torch.empty(0)
+    ids = torch.randint(vocabulary, (rows,))
+    ids[-1] = -100
+    name, linear = f"n={rows} V={vocabulary} H={hidden}", "fastgrpo_linear::head_"
+    yield Case(f"logits {name}", f"{linear}logits", (states, weight, wide))
+    for kind in (bf16, torch.float32):
+        dlogits = _rows(rows, vocabulary, kind, vocabulary + 3)
+        split = kind == torch.float32
+        for extra in ((residual, ids), (nothing, ids[:0])):
+            tail = (*extra, split)
+            out = torch.empty(rows, hidden, dtype=kind)
+            yield Case(
+                f"hidden {kind} {name}", f"{linear}hidden_gradient", (dlogits, weight, *tail, out)
+            )
+            total = torch.zeros(vocabulary, hidden)
+            yield Case(
+                f"weight {kind} {name}",
+                f"{linear}weight_gradient",
+                (dlogits, states, *tail, True, total),
+            )
+    index = torch.arange(0, rows, 2)
+    narrow = torch.empty(len(index), vocabulary, dtype=bf16)
+    yield Case(f"narrow {name}", "fastgrpo_linear::narrow_rows", (wide, index, narrow))
+
+
 def refused_cases() -> Iterator[Case]:
     """Tensors too short or of the wrong type for the others, as a faulty caller of the ops would pass them."""
     valid = next(
@@ -178,6 +208,8 @@ def cases(checked: bool) -> Iterator[Case]:
         dtype = DTYPES[k % 4]
         yield from token_cases(vocabulary, dtype, vocabulary, None)
         yield from token_cases(vocabulary, DTYPES[(k + 1) % 4], vocabulary + 3, BAD_IDS[k % 5])
+    for k, vocabulary in enumerate((1, 7, 15, 16, 17, 31, 33, 63, 65, 129, 257)):
+        yield from head_cases(1 + k * 3, vocabulary, (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 65)[k])
     for tokens in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 65, 129):
         yield from flat_cases(tokens)
     if checked:
@@ -187,7 +219,8 @@ def cases(checked: bool) -> Iterator[Case]:
 def run(case: Case, at_end: bool) -> None:
     """Call the op on fenced copies of its tensors."""
     args = tuple(fenced(a, at_end) if isinstance(a, Tensor) else a for a in case.args)
-    op = getattr(OPS, case.op)
+    namespace, _, name = case.op.rpartition("::")
+    op = getattr(getattr(torch.ops, namespace or "fastgrpo"), name)
     try:
         op(*args)
     except (RuntimeError, ValueError, TypeError):
