@@ -264,7 +264,7 @@ def lines(estimates: list[Estimate], machine: Machine, work: Work) -> Iterator[s
         f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in m.items()
     )
     yield "  " + ", ".join(f"{name} {value}" for name, value in asdict(work).items())
-    yield "  what each stage counts: python -c 'import fastgrpo.bench.step_model as m; print(m.__doc__)'"
+    yield "  what each stage counts: fastgrpo plan --step --help"
 
 
 def main(argv: list[str]) -> int:
