@@ -1,5 +1,10 @@
 """What the ops allocate, in units of the logits: nothing of that size without gradient, at most one copy with it."""
 
+import contextlib
+import os
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -70,3 +75,29 @@ def test_one_gradient_or_none(name, dtype, overwrite):
         assert share < 0.02
     else:
         assert 1.0 <= share < 1.02
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_running_out_of_memory_changes_no_input(name):
+    """In a process that may not have a second copy of the logits: an error, the same bits, and the next call works."""
+    logits = torch.randn(B, T, V * 8)
+    kept = logits.clone()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            room = size + logits.nbytes // 2
+            resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+            leaf = logits.requires_grad_()
+            try:
+                losses(leaf)[name]().backward()
+            except RuntimeError as error:
+                code = 0 if "memory" in str(error) else 2
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            leaf.grad = None
+            losses(leaf)[name]().backward()
+            code = code or (0 if torch.equal(leaf.detach(), kept) else 3)
+            code = code or (0 if bool(leaf.grad.isfinite().all()) else 4)
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
