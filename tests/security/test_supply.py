@@ -47,7 +47,8 @@ def build(source: Path, target: Path) -> dict[str, str]:
     environment = {**os.environ, "CXX": "/bin/false", "SOURCE_DATE_EPOCH": "1700000000"}
     for kind in ("bdist_wheel", "sdist"):
         done = subprocess.run(
-            [sys.executable, "setup.py", "-q", kind, "-d", "dist"], cwd=target, env=environment, capture_output=True, text=True, timeout=100
+            [sys.executable, "setup.py", "-q", kind, "-d", "dist"],
+            cwd=target, env=environment, capture_output=True, text=True, timeout=100,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     return {p.name: sha256(p.read_bytes()).hexdigest() for p in (target / "dist").iterdir()}
