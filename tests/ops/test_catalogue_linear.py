@@ -421,3 +421,33 @@ def test_N39_tensors_without_data_are_refused():
     hidden, weight = torch.zeros(2, 3, 5, device="meta"), torch.zeros(7, 5, device="meta")
     with pytest.raises(ValueError, match=r"hidden must hold data .*on meta"):
         linear_token_logprob(hidden, weight, torch.zeros(2, 3, dtype=torch.int64, device="meta"))
+
+
+@pytest.mark.parametrize("ids", [[0], [63], [64], [255], [0, 63, 64, 127, 128, 255]], ids=str)
+@pytest.mark.parametrize("mode", ["mixed", "auto"])
+def test_a_tokens_own_column_is_exact_in_every_slab_of_the_weight(monkeypatch, ids, mode):
+    """What rounding takes from the largest entry of a row of dlogits is added back, also at the edges of slabs."""
+    from fastgrpo.functional.linear import inputs, weight_sum
+
+    if mode == "mixed":  # what a GPU runs
+        monkeypatch.setattr(inputs, "choose_mode", lambda *_: "mixed")
+        monkeypatch.setattr(inputs, "is_native", lambda _: False)
+    g = torch.Generator().manual_seed(58)
+    hidden = torch.randn(96, 32, generator=g).bfloat16()
+    weight = (torch.randn(256, 32, generator=g) / 8).bfloat16()
+    ids = torch.tensor(ids).repeat(96)[:96]
+    upstream = torch.rand(96, generator=g) + 0.5
+    wide = weight.double().requires_grad_()
+    exact = torch.log_softmax(hidden.double() @ wide.t(), -1).gather(1, ids[:, None])[:, 0]
+    (exact * upstream.double()).sum().backward()
+    found = []
+    for slab_bytes in (1 << 30, 64 * 32 * 4):  # the weight in one piece, and in four
+        monkeypatch.setattr(weight_sum, "SLAB_BYTES", slab_bytes)
+        leaf = weight.clone().requires_grad_()
+        out = linear_token_logprob(hidden, leaf, ids, workspace_bytes=1 << 20)
+        (out.logprob * upstream).sum().backward()
+        rows = ids.unique()
+        error = (leaf.grad[rows].double() - wide.grad[rows]).norm()
+        floor = (wide.grad[rows].bfloat16().double() - wide.grad[rows]).norm()
+        found.append(float(error / floor))
+    assert max(found) <= 1.1, found
