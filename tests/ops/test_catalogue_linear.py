@@ -441,7 +441,7 @@ def test_a_tokens_own_column_is_exact_in_every_slab_of_the_weight(monkeypatch, i
     exact = torch.log_softmax(hidden.double() @ wide.t(), -1).gather(1, ids[:, None])[:, 0]
     (exact * upstream.double()).sum().backward()
     found = []
-    for slab_bytes in (1 << 30, 64 * 32 * 4):  # the weight in one piece, and in four
+    for slab_bytes in (1 << 30, 128 * 32 * 4, 64 * 32 * 4):  # the weight in one piece, two, four
         monkeypatch.setattr(weight_sum, "SLAB_BYTES", slab_bytes)
         leaf = weight.clone().requires_grad_()
         out = linear_token_logprob(hidden, leaf, ids, workspace_bytes=1 << 14)  # several chunks
