@@ -1,5 +1,6 @@
 """Whether what the options name is there: files, models, reward functions. Nothing here imports torch."""
 
+import stat
 from pathlib import Path
 
 from fastgrpo.trainer.config import TrainConfig, option
@@ -45,8 +46,18 @@ def need_file(name: str, path: str | None) -> None:
 
 def need_reward_file(spec: str) -> None:
     """Raises SettingsError if a reward function is to come from a file that is not there."""
+    file = reward_file(spec)
+    need_file("--reward", file)
+    if file is not None and Path(file).stat().st_mode & stat.S_IWOTH:
+        raise SettingsError(
+            f"--reward: anybody can write to {file}, and it would run as you (chmod o-w)"
+        )
+
+
+def reward_file(spec: str) -> str | None:
+    """The file that a reward comes from; None if it comes from a module, the library or the job."""
     file = spec.rpartition(":")[0] if ":" in spec else spec
-    need_file("--reward", file if file.endswith(".py") else None)
+    return file if file.endswith(".py") else None
 
 
 def model_folder(name: str, path: str) -> Path:

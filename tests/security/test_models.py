@@ -254,3 +254,30 @@ def test_code_and_servers_are_taken_from_the_command_line_only(tmp_path):
     (tmp_path / "mine.py").write_text("")
     done = resumed(tmp_path, f"job: copy\nreward: {tmp_path}/evil.py:f\n", "--reward=mine.py:f")
     assert "mine.py has no function 'f'" in done.stderr
+
+
+def test_reward_code_that_anybody_can_change_is_refused(tmp_path):
+    from fastgrpo.trainer.inputs import need_reward_file
+    from fastgrpo.trainer.settings import SettingsError
+
+    path = tmp_path / "mine.py"
+    path.write_text("")
+    need_reward_file(f"{path}:f")
+    path.chmod(0o666)
+    with pytest.raises(SettingsError, match=r"--reward: anybody can write to .*mine.py"):
+        need_reward_file(f"{path}:f")
+
+
+def test_a_changed_reward_file_is_said_on_resume(tmp_path):
+    from dataclasses import replace
+
+    from fastgrpo.trainer.checkpoint.contents import fingerprint
+    from fastgrpo.trainer.jobs import default_config
+
+    path = tmp_path / "mine.py"
+    path.write_text("a = 1")
+    config = replace(default_config("copy"), reward=f"right_tokens,{path}:f")
+    before = fingerprint(config)
+    assert before != fingerprint(replace(config, reward=None))
+    path.write_text("a = 2")
+    assert before != fingerprint(config)

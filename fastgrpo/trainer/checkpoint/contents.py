@@ -24,6 +24,7 @@ from fastgrpo.trainer.checkpoint.files import File
 from fastgrpo.trainer.checkpoint.store import BETWEEN_STEPS, Checkpoint, Position
 from fastgrpo.trainer.checkpoint.weights import Keep, StoredTensors, Unusable, part_files
 from fastgrpo.trainer.config import TrainConfig
+from fastgrpo.trainer.inputs import reward_file
 from fastgrpo.trainer.microbatch import MicroBatch, Portion
 from fastgrpo.trainer.replay import Replay
 from fastgrpo.trainer.rollout import Rollout
@@ -127,9 +128,10 @@ def trainer_state(state: State) -> dict[str, Any]:
 
 
 def fingerprint(config: TrainConfig) -> str:
-    """SHA-256 of the user's data files."""
+    """SHA-256 of the user's data files and reward files."""
     digest = hashlib.sha256()
-    for path in (config.data, config.test_data):
+    own = [reward_file(spec.strip()) for spec in (config.reward or "").split(",")]
+    for path in (config.data, config.test_data, *filter(None, own)):
         digest.update(b"-" if path is None else hashlib.sha256(Path(path).read_bytes()).digest())
     return digest.hexdigest()
 
@@ -269,4 +271,4 @@ def compare(stored: dict[str, Any], config: TrainConfig, note: Callable[[str], N
                 raise Unusable(f"{name} was {before[name]!r}, now {value!r}")
             note(f"note: {name} was {before[name]!r} when the checkpoint was saved, now {value!r}")
     if stored["data"] != fingerprint(config):
-        note("note: the data files are not those of the checkpoint")
+        note("note: the data or reward files are not those of the checkpoint")
