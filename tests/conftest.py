@@ -1,6 +1,7 @@
 """Settings of every test: one CPU thread, a fixed seed, GPU tests skipped where there is no GPU."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before torch is imported: the pytest workers share the cores, and idle OpenMP threads must not spin on them.
@@ -9,6 +10,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+
+# A shell gives its background jobs an ignored Ctrl-C, which all processes that tests start would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

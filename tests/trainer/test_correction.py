@@ -27,7 +27,8 @@ def gradient_of_a_step(config: TrainConfig, shift: float = 0.0):
     def shifted(*arguments, **options) -> Rollout:
         rollout = sampled(*arguments, **options)
         g = torch.Generator().manual_seed(5)
-        noisy = [x + shift * (2 * torch.rand(x.shape, generator=g) - 1) for x in rollout.logprob]
+        noise = [shift * (2 * torch.rand(x.shape, generator=g) - 1) for x in rollout.logprob]
+        noisy = [(x + n).clamp(max=0.0) for x, n in zip(rollout.logprob, noise, strict=True)]
         return replace(rollout, logprob=noisy)
 
     state.sampler.sample = shifted

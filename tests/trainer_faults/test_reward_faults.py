@@ -111,7 +111,7 @@ def returns_much(completions, **_):
     return iter(lambda: 1.0, 2.0)
 
 def answers_for_us(completions, **_):
-    for fd in range(3, 64):
+    for fd in range(3, 4096):
         try:
             os.write(fd, b"not json\\n")
         except OSError:
@@ -119,7 +119,7 @@ def answers_for_us(completions, **_):
     return [1.0] * count(completions)
 
 def answers_with_text(completions, **_):
-    for fd in range(3, 64):
+    for fd in range(3, 4096):
         try:
             os.write(fd, b'{"rewards": ["a", "b"]}\\n')
         except OSError:
