@@ -16,12 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgrpo.trainer.heartbeat import Heartbeat
+from fastgrpo.trainer.heartbeat import LATEST, Heartbeat
 
 TIMEOUT = timedelta(hours=2)
 """Of a collective. Ranks wait that long while one evaluates; a rank that is dead is found by its heartbeat instead."""
@@ -140,7 +139,10 @@ def start(kind: str, dead_after: float) -> Ranks:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    store, rank, count = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+    rank, count = env_rank(), world_size()
+    store = meet(timedelta(seconds=LATEST * dead_after))
+    # Before the ranks connect to one another: they would wait for one that dies on the way.
+    heartbeat = Heartbeat(PrefixStore("heartbeat", store.clone()), rank, count, dead_after)
     dist.init_process_group(
         backend,
         store=PrefixStore("ranks", store),
@@ -148,8 +150,30 @@ def start(kind: str, dead_after: float) -> Ranks:
         world_size=count,
         timeout=TIMEOUT,
     )
-    heartbeat = Heartbeat(PrefixStore("heartbeat", store.clone()), rank, count, dead_after)
     return Ranks(rank, count, kind, heartbeat)
+
+
+def meet(patience: timedelta) -> Any:
+    """The store that torchrun keeps, or without it rank 0. Who does not come is found by its missing heartbeat."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeper = "torchrun" if by_torchrun else "rank 0"
+    try:
+        store = TCPStore(
+            host,
+            port,
+            is_master=env_rank() == 0 and not by_torchrun,
+            timeout=patience,
+            multi_tenant=True,
+            wait_for_workers=False,
+        )
+    except dist.DistError as error:
+        why = str(error).splitlines()[0]
+        raise RuntimeError(
+            f"rank {env_rank()}: {keeper}, which keeps the rendezvous store at {host}:{port}, cannot be reached: {why}"
+        ) from None
+    store.set_timeout(TIMEOUT)
+    return store
 
 
 def world_size() -> int:

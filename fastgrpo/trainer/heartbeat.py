@@ -16,6 +16,8 @@ from torch._C._distributed_c10d import Store
 
 EXIT_CODE = 70
 INTERVAL_S = 1.0
+LATEST = 10
+"""Ranks may start at different times: one that has never been there is given up after so many times `dead_after`."""
 STORE = "the rendezvous store on the host of rank 0"
 
 
@@ -78,10 +80,8 @@ class Heartbeat:
                 return f"rank {other} ({place}) has failed"
             if said != before or word == "done":
                 self._seen[other] = (said, now)
-            elif now - since > self._dead_after:
-                return (
-                    f"rank {other} ({place}) has shown no sign of life for {self._dead_after:g} s"
-                )
+            elif now - since > (patience := self._dead_after * (1 if said else LATEST)):
+                return f"rank {other} ({place}) has shown no sign of life for {patience:g} s"
         return None
 
     def failed(self, error: BaseException) -> None:

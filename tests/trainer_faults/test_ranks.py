@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgrpo.trainer import distributed
+from fastgrpo.trainer import distributed, heartbeat
 from fastgrpo.trainer.checkpoint import tree
 from fastgrpo.trainer.checkpoint.contents import contents, position, restore
 from fastgrpo.trainer.checkpoint.store import Store
@@ -261,6 +262,32 @@ def test_a_mistake_ends_both_ranks_said_once_and_no_folder_is_taken(tmp_path, wr
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_rank_that_never_comes_is_named(monkeypatch, tmp_path, trials, missing):
+    """One of two processes died before they met."""
+    for module in (distributed, heartbeat):
+        monkeypatch.setattr(module, "LATEST", 2)
+    config = replace(SMALL, output_dir=str(tmp_path / "run"), dead_rank_seconds=3.0)
+    pids = fork_ranks(
+        lambda: 0 if os.environ["RANK"] == str(missing) else run_job(config, time.time()),
+        2,
+        tmp_path / "log",
+    )
+    begun = time.monotonic()
+    codes = [wait(pid) for pid in pids]
+    assert codes[missing] == 0
+    assert codes[1 - missing] != 0
+    assert time.monotonic() - begun < 60
+    text = (tmp_path / f"log-{1 - missing}").read_text()
+    expected = (
+        "rank 1 (it never started)"
+        if missing
+        else "rank 1: rank 0, which keeps the rendezvous store at 127.0.0.1"
+    )
+    assert expected in text, text
+    trials("one of two processes killed or frozen: the other ends in time and names it", 1)
+
+
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path):
     config = replace(SMALL, max_steps=100_000, output_dir=str(tmp_path / "run"), save_steps=0)
 
@@ -302,7 +329,11 @@ def test_ten_deaths_at_random_moments_and_every_end_is_the_same(tmp_path, trials
         other = wait(pids[1 - victim])
         assert time.monotonic() - killed < 60
         deaths += at == -signal.SIGKILL
-        assert other != 0 or at == 0 or (tmp_path / "run" / "summary.json").exists()
+        ended = (tmp_path / "run" / "summary.json").exists()
+        assert other != 0 or at == 0 or ended
+        if ended:  # nothing is left to be killed in
+            assert end_of(tmp_path / "run", 8) == expected
+            shutil.rmtree(tmp_path / "run")
     assert [wait(pid) for pid in start(tmp_path / "run")] == [0, 0], logs(tmp_path / "log")
     assert end_of(tmp_path / "run", 8) == expected
     trials("one of two processes killed at a random moment, both started again", deaths)
