@@ -1,7 +1,7 @@
 """When a run saves, and how it goes on from what it saved."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -61,7 +61,6 @@ class Checkpointer:
         self.state = state
         self.store = Store(folder, config.save_total_limit, ranks.rank, ranks.world_size)
         self.last: Path | None = None  # what the last save left, if it did not fail
-        self.failures = 0
         self.seconds = 0.0  # that training has waited
         self._opened = opened
         self._note = note
@@ -104,8 +103,11 @@ class Checkpointer:
         self.seconds += time.perf_counter() - begun
 
     def _write(self, place: Position, files: Iterable[File]) -> Path:
-        self._sync_metrics()  # the checkpoint counts on their being on the disk
-        return self.store.save(place, files, self._ranks.share)
+        def with_metrics() -> Iterator[File]:
+            self._sync_metrics()  # the checkpoint counts on their being on the disk
+            yield from files
+
+        return self.store.save(place, with_metrics(), self._ranks.share)
 
     def poll(self) -> None:
         """Says how a save in the background went, if it has ended."""
@@ -127,7 +129,6 @@ class Checkpointer:
 
     def _fail(self, place: Position, why: str) -> None:
         self.last = None
-        self.failures += 1
         self._note(
             f"WARNING: checkpoint {name_of(place)} could not be saved: {why}. Training goes on; earlier checkpoints "
             "are intact."

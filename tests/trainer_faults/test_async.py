@@ -181,6 +181,23 @@ def test_a_save_that_fails_is_said_at_the_next_safe_point_and_training_goes_on(w
     assert end_of(out, 4) == end_of(waiting, 4)
 
 
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
+def test_metrics_that_cannot_be_synced_cost_the_checkpoint(tmp_path, background):
+    """It says how long metrics.jsonl is: without that much on the disk it would promise too much."""
+    said: list[str] = []
+
+    def sync() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    state = State(make_run(replace(JOB, async_save=background)))
+    keeper = Checkpointer(state, Opened(tmp_path, None), said.append, sync)
+    keeper.save({"metrics_bytes": 0})
+    keeper.finish()
+    assert keeper.last is None
+    assert keeper.store.names() == []
+    assert "could not be saved: Input/output error" in said[0]
+
+
 def test_a_defect_in_the_background_ends_the_run(tmp_path, monkeypatch):
     state = State(make_run(JOB))
     keeper = keeper_of(state, tmp_path, [])
