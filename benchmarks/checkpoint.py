@@ -24,10 +24,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastgrpo.trainer.checkpoint import tree
+from fastgrpo.trainer.checkpoint.checkpointer import Checkpointer
 from fastgrpo.trainer.checkpoint.store import Checkpoint, Store
-from fastgrpo.trainer.checkpointer import Checkpointer
-from fastgrpo.trainer.jobs import default_config, make_task
-from fastgrpo.trainer.opening import Opened
+from fastgrpo.trainer.options.jobs import default_config, make_task
+from fastgrpo.trainer.options.opening import Opened
 from fastgrpo.trainer.policy import Policy
 from fastgrpo.trainer.setup import Run, keep_freed_memory
 from fastgrpo.trainer.state import State

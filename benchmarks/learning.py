@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any, get_args
 
 from benchmarks.readme_tables import NOTHING, table
-from fastgrpo.trainer.config import ObjectiveName
+from fastgrpo.trainer.options.config import ObjectiveName
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "learning.jsonl"

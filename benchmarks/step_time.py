@@ -28,8 +28,8 @@ from fastgrpo import policy_loss
 from fastgrpo.bench.run import environment
 from fastgrpo.losses import PolicyLoss
 from fastgrpo.objective import Objective
-from fastgrpo.trainer.batch import TokenBatch
-from fastgrpo.trainer.config import TrainConfig
+from fastgrpo.trainer.data.batch import TokenBatch
+from fastgrpo.trainer.options.config import TrainConfig
 from fastgrpo.trainer.policy import Policy, hidden_rows
 from fastgrpo.trainer.setup import Run, keep_freed_memory
 from fastgrpo.trainer.state import State

@@ -17,7 +17,8 @@ from PIL import Image, ImageChops
 from rich.console import Console
 
 from fastgrpo import cli
-from fastgrpo.trainer import display, run
+from fastgrpo.trainer import run
+from fastgrpo.trainer.output import display
 
 IMAGES = Path(__file__).resolve().parent / "images"
 STEP = 16  # when the terminal is pictured

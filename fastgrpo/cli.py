@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from fastgrpo.trainer.foreign_text import presentable
+from fastgrpo.trainer.data.foreign_text import presentable
 from fastgrpo.words import did_you_mean
 
 STARTED = time.time()
@@ -28,13 +28,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("fastgrpo.trainer.main", "GRPO: story (default), copy, gsm8k-equations, gsm8k, custom", True),
-    "sft": Command("fastgrpo.trainer.sft_main", "supervised fine-tuning alone", True),
-    "eval": Command("fastgrpo.trainer.eval_main", "accuracy of a saved model: greedy, pass@1, maj@k, pass@k"),
+    "train": Command(
+        "fastgrpo.trainer.commands.train", "GRPO: story (default), copy, gsm8k-equations, gsm8k, custom", True
+    ),
+    "sft": Command("fastgrpo.trainer.commands.sft", "supervised fine-tuning alone", True),
+    "eval": Command("fastgrpo.trainer.commands.eval", "accuracy of a saved model: greedy, pass@1, maj@k, pass@k"),
     "bench": Command("fastgrpo.bench.main", "time the ops against the reference and other packages"),
     "plan": Command("fastgrpo.planner", "memory of a head's loss; --step: a whole step on many GPUs"),
     "verify": Command("fastgrpo.verify", "compare the ops with float64 on your model's head"),
-    "reward": Command("fastgrpo.trainer.reward_main", "try a reward function on sample data"),
+    "reward": Command("fastgrpo.trainer.commands.reward", "try a reward function on sample data"),
     "doctor": Command("fastgrpo.doctor", "what this machine has, and what serves each op"),
 }  # fmt: skip
 

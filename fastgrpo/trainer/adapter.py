@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.trainer.checkpoint.files import hash_file
-from fastgrpo.trainer.config import TrainConfig
-from fastgrpo.trainer.distributed import full
+from fastgrpo.trainer.options.config import TrainConfig
+from fastgrpo.trainer.parallel.distributed import full
 
 NAME = "default"
 FILE = "adapter_model"

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastgrpo.advantages import GroupAdvantage, group_advantage
 from fastgrpo.choices import KL, Correction
 from fastgrpo.objective import Objective
-from fastgrpo.trainer.config import TrainConfig
+from fastgrpo.trainer.options.config import TrainConfig
 
 Scale = Literal["group", "batch", "none"]
 UNSCALED = ("dr_grpo", "rloo", "reinforce", "gpg", "topr")

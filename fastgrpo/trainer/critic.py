@@ -9,7 +9,7 @@ import copy
 
 from torch import Tensor, nn
 
-from fastgrpo.trainer.batch import TokenBatch
+from fastgrpo.trainer.data.batch import TokenBatch
 from fastgrpo.trainer.policy import Policy, half_precision, hidden_rows
 
 LEARNING_RATE_FACTOR = 10

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fastgrpo.objective import Objective
 from fastgrpo.reduction import global_normalizer
-from fastgrpo.trainer.batch import TokenBatch, make_batch, micro_batches
-from fastgrpo.trainer.rollout import Rollout
+from fastgrpo.trainer.data.batch import TokenBatch, make_batch, micro_batches
+from fastgrpo.trainer.sampling.rollout import Rollout
 
 
 @dataclass(slots=True)

@@ -8,25 +8,27 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastgrpo.trainer import algorithm, batch, policy, rundir
-from fastgrpo.trainer import sft as sft_module
-from fastgrpo.trainer.basecache import cache_folder, cache_key, load_base, store_base
-from fastgrpo.trainer.check_resume import check_resume
+from fastgrpo.trainer import algorithm, policy
+from fastgrpo.trainer.checkpoint.basecache import cache_folder, cache_key, load_base, store_base
+from fastgrpo.trainer.checkpoint.check_resume import check_resume
+from fastgrpo.trainer.checkpoint.checkpointer import Checkpointer
 from fastgrpo.trainer.checkpoint.store import Store
-from fastgrpo.trainer.checkpointer import Checkpointer
-from fastgrpo.trainer.close_up import CloseUp, close_up
-from fastgrpo.trainer.diagnostics import Diagnostics
-from fastgrpo.trainer.display import Display
-from fastgrpo.trainer.evaluate import Evaluation, evaluate
-from fastgrpo.trainer.interrupt import Interrupt, Interrupted
+from fastgrpo.trainer.data import batch
+from fastgrpo.trainer.evaluation.evaluate import Evaluation, evaluate
 from fastgrpo.trainer.memory import memory_of
-from fastgrpo.trainer.opening import Opened
+from fastgrpo.trainer.options.opening import Opened
+from fastgrpo.trainer.output import rundir
+from fastgrpo.trainer.output.close_up import CloseUp, close_up
+from fastgrpo.trainer.output.diagnostics import Diagnostics
+from fastgrpo.trainer.output.display import Display
+from fastgrpo.trainer.output.recorder import Recorder
+from fastgrpo.trainer.output.result import Result
+from fastgrpo.trainer.parallel.interrupt import Interrupt, Interrupted
 from fastgrpo.trainer.passes import TrainingStopped
-from fastgrpo.trainer.recorder import Recorder
-from fastgrpo.trainer.result import Result
-from fastgrpo.trainer.reward_process import RewardFault
-from fastgrpo.trainer.rollout import SamplerError
+from fastgrpo.trainer.rewards.process import RewardFault
+from fastgrpo.trainer.sampling.rollout import SamplerError
 from fastgrpo.trainer.setup import Run
+from fastgrpo.trainer.sft import demonstrations
 from fastgrpo.trainer.state import State
 from fastgrpo.trainer.tasks.base import Problem
 from fastgrpo.trainer.train import grpo
@@ -166,7 +168,7 @@ class Phases:
         begun = time.perf_counter()
         self.begin("make base", config.sft_steps)
         for step, loss in enumerate(
-            sft_module.sft(run.policy.model, run.task, run.tokenizer, config), 1
+            demonstrations.sft(run.policy.model, run.task, run.tokenizer, config), 1
         ):
             self.display.advance(step, f"loss {loss:.3f}")
             if step % SFT_LOGGING_STEPS == 0 or step == config.sft_steps:
@@ -268,4 +270,4 @@ def has_checkpoints(opened: Opened) -> bool:
 
 def sources(run: Run) -> list[ModuleType]:
     """The modules that decide what SFT makes."""
-    return [sys.modules[type(run.task).__module__], sft_module, algorithm, batch, policy]
+    return [sys.modules[type(run.task).__module__], demonstrations, algorithm, batch, policy]

@@ -15,7 +15,7 @@ from fastgrpo.functional.linear_token_logprob import linear_token_logprob
 from fastgrpo.linear_losses import linear_grpo_loss
 from fastgrpo.losses import PolicyLoss
 from fastgrpo.objective import Objective
-from fastgrpo.trainer.batch import TokenBatch
+from fastgrpo.trainer.data.batch import TokenBatch
 
 
 class Policy(nn.Module):

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from fastgrpo.objective import Objective
 from fastgrpo.trainer.microbatch import Portion, denominator, split
-from fastgrpo.trainer.rollout import Rollout
+from fastgrpo.trainer.sampling.rollout import Rollout
 from fastgrpo.trainer.state import State
 
 

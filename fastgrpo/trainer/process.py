@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.advantages import process_advantage
-from fastgrpo.trainer.rollout import Rollout
+from fastgrpo.trainer.sampling.rollout import Rollout
 from fastgrpo.trainer.tasks.base import Problem, Task
 
 

@@ -10,17 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-from fastgrpo.trainer import closing, distributed, report, rundir
 from fastgrpo.trainer.checkpoint.weights import Unusable
-from fastgrpo.trainer.config import TrainConfig
-from fastgrpo.trainer.display import SilentDisplay, make_display
-from fastgrpo.trainer.distributed import Ranks
-from fastgrpo.trainer.interrupt import Interrupt
-from fastgrpo.trainer.opening import Opened, open_run
+from fastgrpo.trainer.options.config import TrainConfig
+from fastgrpo.trainer.options.opening import Opened, open_run
+from fastgrpo.trainer.options.settings import SettingsError, fail
+from fastgrpo.trainer.output import closing, rundir
+from fastgrpo.trainer.output import page as report
+from fastgrpo.trainer.output.display import SilentDisplay, make_display
+from fastgrpo.trainer.output.recorder import Recorder
+from fastgrpo.trainer.output.result import Result
+from fastgrpo.trainer.parallel import distributed
+from fastgrpo.trainer.parallel.distributed import Ranks
+from fastgrpo.trainer.parallel.interrupt import Interrupt
 from fastgrpo.trainer.phases import Phases
-from fastgrpo.trainer.recorder import Recorder
-from fastgrpo.trainer.result import Result
-from fastgrpo.trainer.settings import SettingsError, fail
 from fastgrpo.trainer.setup import Run, make_run
 
 Made = TypeVar("Made")

@@ -21,18 +21,18 @@ from transformers.utils.logging import disable_progress_bar
 from fastgrpo.functional.devices import pick_device
 from fastgrpo.trainer.adapter import add_adapter, base_of, identity, merge_adapter
 from fastgrpo.trainer.algorithm import make_objective
-from fastgrpo.trainer.config import TrainConfig
-from fastgrpo.trainer.distributed import Ranks
-from fastgrpo.trainer.inputs import check_inputs, model_folder
-from fastgrpo.trainer.jobs import make_task
+from fastgrpo.trainer.data.text import prompt_ids
+from fastgrpo.trainer.options.config import TrainConfig
+from fastgrpo.trainer.options.inputs import check_inputs, model_folder
+from fastgrpo.trainer.options.jobs import make_task
+from fastgrpo.trainer.parallel.distributed import Ranks
 from fastgrpo.trainer.policy import Policy, recompute_blocks
-from fastgrpo.trainer.rewards import Rewards, make_rewards
-from fastgrpo.trainer.rollout import Sampler, SamplerError
-from fastgrpo.trainer.sampler import make_sampler
+from fastgrpo.trainer.rewards.scoring import Rewards, make_rewards
+from fastgrpo.trainer.sampling.rollout import Sampler, SamplerError
+from fastgrpo.trainer.sampling.sampler import make_sampler
+from fastgrpo.trainer.sampling.vllm_sampler import VLLMSampler, connect
+from fastgrpo.trainer.sampling.vllm_server import VLLMServer
 from fastgrpo.trainer.tasks.base import Problem, Task
-from fastgrpo.trainer.text import prompt_ids
-from fastgrpo.trainer.vllm_sampler import VLLMSampler, connect
-from fastgrpo.trainer.vllm_server import VLLMServer
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 PROBES = 4  # prompts that vLLM servers are checked with

@@ -14,16 +14,16 @@ from torch.distributed.fsdp import FSDPModule
 from fastgrpo.advantages import GroupAdvantage
 from fastgrpo.trainer.adapter import WithoutAdapter, is_adapted, plain_copy, write_merged
 from fastgrpo.trainer.critic import LEARNING_RATE_FACTOR, Critic
-from fastgrpo.trainer.distributed import full
+from fastgrpo.trainer.data.text import prompt_ids
 from fastgrpo.trainer.microbatch import Portion
-from fastgrpo.trainer.replay import Replay
-from fastgrpo.trainer.rewards import columns_of, records_of
-from fastgrpo.trainer.rollout import Rollout, SamplerError, check, join
-from fastgrpo.trainer.settings import SettingsError
+from fastgrpo.trainer.options.settings import SettingsError
+from fastgrpo.trainer.parallel.distributed import full
+from fastgrpo.trainer.rewards.replay import Replay
+from fastgrpo.trainer.rewards.scoring import columns_of, records_of
+from fastgrpo.trainer.sampling.rollout import Rollout, SamplerError, check, join
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.tally import Tally
 from fastgrpo.trainer.tasks.base import Problem
-from fastgrpo.trainer.text import prompt_ids
 
 
 @dataclass(slots=True)

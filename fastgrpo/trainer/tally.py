@@ -12,9 +12,9 @@ from fastgrpo.losses import PolicyLoss
 from fastgrpo.metrics import Metrics
 from fastgrpo.rollout_correction import ROLLOUT_METRICS
 from fastgrpo.spec import METRICS
-from fastgrpo.trainer.distributed import Ranks
 from fastgrpo.trainer.microbatch import MicroBatch
-from fastgrpo.trainer.rewards import Rewards
+from fastgrpo.trainer.parallel.distributed import Ranks
+from fastgrpo.trainer.rewards.scoring import Rewards
 
 
 class Tally:

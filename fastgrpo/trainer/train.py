@@ -23,16 +23,16 @@ import torch
 from fastgrpo.objective import Objective
 from fastgrpo.trainer.algorithm import learning_rate_factor, make_advantage, make_objective
 from fastgrpo.trainer.clock import Clock
+from fastgrpo.trainer.data.text import decode
 from fastgrpo.trainer.microbatch import Portion
 from fastgrpo.trainer.passes import backward, skip_or_stop
 from fastgrpo.trainer.portions import divide
 from fastgrpo.trainer.ppo import appraise
 from fastgrpo.trainer.process import reward_lines
-from fastgrpo.trainer.rollout import Rollout
+from fastgrpo.trainer.sampling.rollout import Rollout
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.state import Scored, State, grad_norm_
 from fastgrpo.trainer.tally import length_numbers, reward_numbers
-from fastgrpo.trainer.text import decode
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import torch
 from fastgrpo.trainer.checkpoint import tree
 from fastgrpo.trainer.checkpoint.staging import Staging
 from fastgrpo.trainer.checkpoint.weights import part_files
-from fastgrpo.trainer.distributed import Ranks
+from fastgrpo.trainer.parallel.distributed import Ranks
 from tests.gpu.common import real_gpu
 
 pytestmark = real_gpu

@@ -17,7 +17,7 @@ PROMPTS = [[5, 9, 3], [7, 7, 8, 20, 31, 4, 6], [12], [5, 9, 3, 3, 3]]
 def test_the_graph_samples_what_single_launches_sample(vocabulary, temperature):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fastgrpo.trainer.sampler import KVSampler
+    from fastgrpo.trainer.sampling.sampler import KVSampler
 
     torch.manual_seed(0)
     config = LlamaConfig(

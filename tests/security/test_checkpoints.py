@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from fastgrpo.trainer.checkpoint import manifest, tree
+from fastgrpo.trainer.checkpoint.checkpointer import Checkpointer
 from fastgrpo.trainer.checkpoint.contents import contents, model_files, position
 from fastgrpo.trainer.checkpoint.store import Store
 from fastgrpo.trainer.checkpoint.weights import Unusable
-from fastgrpo.trainer.checkpointer import Checkpointer
-from fastgrpo.trainer.opening import Opened
+from fastgrpo.trainer.options.opening import Opened
 from fastgrpo.trainer.state import State
 from fastgrpo.trainer.train import grpo
 from tests.security.checkpoints import cases, sign
@@ -152,7 +152,7 @@ def test_step_folders_are_built_from_numbers_alone(tmp_path):
 
 def test_a_base_model_of_another_is_not_loaded(tmp_path):
     """The cache of base models: only in a folder of one's own that nobody else can write to."""
-    from fastgrpo.trainer.basecache import cache_folder, load_base
+    from fastgrpo.trainer.checkpoint.basecache import cache_folder, load_base
 
     model = make_run(SMALL).policy.model
     folder = cache_folder(tmp_path / "run")

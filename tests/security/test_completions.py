@@ -12,23 +12,23 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastgrpo.trainer import display, rundir
-from fastgrpo.trainer.answers import final_number
-from fastgrpo.trainer.calculator import Calculator
-from fastgrpo.trainer.closing import text as closing_text
-from fastgrpo.trainer.foreign_text import STEERS, presentable, printable
+from fastgrpo.trainer.commands.reward import shorten
+from fastgrpo.trainer.data.foreign_text import STEERS, presentable, printable
+from fastgrpo.trainer.evaluation.calculator import Calculator
+from fastgrpo.trainer.evaluation.tools import ToolError
+from fastgrpo.trainer.output import display, rundir
+from fastgrpo.trainer.output.closing import text as closing_text
+from fastgrpo.trainer.output.page import render
+from fastgrpo.trainer.output.result import Result
 from fastgrpo.trainer.process import line_ends
-from fastgrpo.trainer.report import render
-from fastgrpo.trainer.result import Result
-from fastgrpo.trainer.reward_library import SoftOverlong, think_format
-from fastgrpo.trainer.reward_main import shorten
-from fastgrpo.trainer.reward_process import Grader, ProcessReward
-from fastgrpo.trainer.rewards import ExactAnswer, Rewards
+from fastgrpo.trainer.rewards.answers import final_number
+from fastgrpo.trainer.rewards.library import SoftOverlong, think_format
+from fastgrpo.trainer.rewards.process import Grader, ProcessReward
+from fastgrpo.trainer.rewards.scoring import ExactAnswer, Rewards
 from fastgrpo.trainer.tasks.base import Problem
 from fastgrpo.trainer.tasks.custom import Custom, canonical
 from fastgrpo.trainer.tasks.gsm8k_equations import equations
 from fastgrpo.trainer.tasks.story import Story
-from fastgrpo.trainer.tools import ToolError
 from tests.security.completions import code, corpus
 from tests.trainer.test_report import Tags, result_with
 
@@ -143,7 +143,7 @@ HARD = ["mathematics: tower", "mathematics: brackets", "mathematics: boxes", "pa
 
 def test_math_verify_runs_no_code_and_survives_what_hangs_it():
     pytest.importorskip("math_verify")
-    grader = Grader("fastgrpo.trainer.reward_library:math_verify", 120.0)
+    grader = Grader("fastgrpo.trainer.rewards.library:math_verify", 120.0)
     hostile = [*code(CANARY).values(), *(CORPUS[name] for name in HARD)]
     boxed = [f"$\\boxed{{{text}}}$" for text in code(CANARY).values()]
     texts = ["$\\boxed{\\frac{1}{2}}$", *hostile, "$\\boxed{3}$", *boxed, "$\\boxed{0.5}$"]
@@ -158,7 +158,7 @@ def test_math_verify_runs_no_code_and_survives_what_hangs_it():
 @pytest.mark.timeout(1800)
 def test_math_verify_on_the_whole_corpus():
     pytest.importorskip("math_verify")
-    grader = Grader("fastgrpo.trainer.reward_library:math_verify", 1500.0)
+    grader = Grader("fastgrpo.trainer.rewards.library:math_verify", 1500.0)
     texts = [part for text in CORPUS.values() for part in (text, "$\\boxed{7}$")]
     found = grader(completions=texts, answer=["7"] * len(texts))
     grader.stop()

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo.trainer.jsonl import DataError
-from fastgrpo.trainer.records import read_table, text_of
+from fastgrpo.trainer.data.jsonl import DataError
+from fastgrpo.trainer.data.records import read_table, text_of
+from fastgrpo.trainer.data.text import prompt_ids
 from fastgrpo.trainer.setup import load_pretrained
 from fastgrpo.trainer.tasks.custom import read_problems
-from fastgrpo.trainer.text import prompt_ids
 from tests.security.checkpoints import Payload, contents
 from tests.trainer.conftest import tiny_llama
 
@@ -257,8 +257,8 @@ def test_code_and_servers_are_taken_from_the_command_line_only(tmp_path):
 
 
 def test_reward_code_that_anybody_can_change_is_refused(tmp_path):
-    from fastgrpo.trainer.inputs import need_reward_file
-    from fastgrpo.trainer.settings import SettingsError
+    from fastgrpo.trainer.options.inputs import need_reward_file
+    from fastgrpo.trainer.options.settings import SettingsError
 
     path = tmp_path / "mine.py"
     path.write_text("")
@@ -272,7 +272,7 @@ def test_a_changed_reward_file_is_said_on_resume(tmp_path):
     from dataclasses import replace
 
     from fastgrpo.trainer.checkpoint.contents import fingerprint
-    from fastgrpo.trainer.jobs import default_config
+    from fastgrpo.trainer.options.jobs import default_config
 
     path = tmp_path / "mine.py"
     path.write_text("a = 1")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.trainer.foreign_text import HIDDEN, redact
+from fastgrpo.trainer.data.foreign_text import HIDDEN, redact
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CANARIES = {
@@ -128,9 +128,9 @@ def test_no_option_takes_a_secret():
     """Command lines are seen by every user of a machine, and options are written to config.yaml."""
     from dataclasses import fields
 
-    from fastgrpo.trainer.config import TrainConfig
-    from fastgrpo.trainer.eval_main import EvalConfig
-    from fastgrpo.trainer.sft_main import SFTOptions
+    from fastgrpo.trainer.commands.eval import EvalConfig
+    from fastgrpo.trainer.commands.sft import SFTOptions
+    from fastgrpo.trainer.options.config import TrainConfig
 
     names = [field.name for kind in (TrainConfig, EvalConfig, SFTOptions) for field in fields(kind)]
     suspicious = [n for n in names if any(w in n for w in ("key", "secret", "password", "token"))]

@@ -40,11 +40,11 @@ KEYWORDS = {"shell": True, "allow_pickle": True, "weights_only": False, "trust_r
 
 # (file, what it uses) -> why that is fine.
 ALLOWED = {
-    ("trainer/reward_child.py", "exec_module"): "the user's reward function, in a process of its own",
-    ("trainer/reward_child.py", "asyncio"): "awaits an async reward function; opens no connection",
+    ("trainer/rewards/child.py", "exec_module"): "the user's reward function, in a process of its own",
+    ("trainer/rewards/child.py", "asyncio"): "awaits an async reward function; opens no connection",
     ("trainer/checkpoint/lock.py", "socket"): "gethostname, so that a lock names its holder",
-    ("trainer/heartbeat.py", "socket"): "gethostname, so that a dead rank is named",
-    ("trainer/http_json.py", "http.client"): "the client of a vLLM server that the user names",
+    ("trainer/parallel/heartbeat.py", "socket"): "gethostname, so that a dead rank is named",
+    ("trainer/sampling/http_json.py", "http.client"): "the client of a vLLM server that the user names",
 }  # fmt: skip
 
 
@@ -156,7 +156,7 @@ SUPPRESSED = {
     ("fastgrpo/bench/run.py", "B603"): "git describe, by argument list",
     ("fastgrpo/bench/step.py", "B603"): "this Python with a module of ours",
     ("fastgrpo/planner/peaks.py", "B603"): "this Python with a module of ours",
-    ("fastgrpo/trainer/reward_process.py", "B603"): "this Python with a module of ours",
+    ("fastgrpo/trainer/rewards/process.py", "B603"): "this Python with a module of ours",
     ("fastgrpo/trainer/setup.py", "B615"): "a local folder; LOCAL forbids the hub",
     ("fastgrpo/verify/head.py", "B615"): "a local folder; local_files_only",
 }  # fmt: skip

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch
 from safetensors.torch import load_file
 
-from fastgrpo.trainer.sampler import KVSampler
+from fastgrpo.trainer.sampling.sampler import KVSampler
 
 
 class FakeVLLM:

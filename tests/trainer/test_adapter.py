@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastgrpo.trainer.adapter import add_adapter, layers, plain_copy, write_merged
-from fastgrpo.trainer.batch import make_batch
 from fastgrpo.trainer.checkpoint.contents import contents, model_files, position, restore
 from fastgrpo.trainer.checkpoint.store import Checkpoint, Store
 from fastgrpo.trainer.checkpoint.weights import Unusable
-from fastgrpo.trainer.config import TrainConfig
-from fastgrpo.trainer.main import main
+from fastgrpo.trainer.commands.train import main
+from fastgrpo.trainer.data.batch import make_batch
+from fastgrpo.trainer.options.config import TrainConfig
+from fastgrpo.trainer.options.settings import parse_train
 from fastgrpo.trainer.policy import Policy, recompute_blocks
-from fastgrpo.trainer.settings import parse_train
 from fastgrpo.trainer.state import State
 from tests.trainer.conftest import tiny_llama
 from tests.trainer_faults.runs import SMALL, everything, make_run, train
@@ -248,7 +248,7 @@ def test_under_bfloat16_the_adapted_model_is_kept_in_half_and_the_adapter_is_not
 
 def test_from_a_folder_to_a_run_its_checkpoints_and_back(tmp_path, tokenizer, capsys):
     """The command line: train an adapter of a saved model, evaluate a checkpoint and the merged model, go on."""
-    from fastgrpo.trainer.eval_main import main as evaluate
+    from fastgrpo.trainer.commands.eval import main as evaluate
     from fastgrpo.trainer.tasks.copy_digits import CopyDigits
 
     words = CopyDigits().tokenizer()

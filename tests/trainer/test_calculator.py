@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.trainer.calculator import MAX_CHARACTERS, MAX_DEPTH, Calculator, decimal, evaluate
-from fastgrpo.trainer.tools import ToolError
+from fastgrpo.trainer.evaluation.calculator import (
+    MAX_CHARACTERS,
+    MAX_DEPTH,
+    Calculator,
+    decimal,
+    evaluate,
+)
+from fastgrpo.trainer.evaluation.tools import ToolError
 
 run = Calculator().run
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"

@@ -5,10 +5,10 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from fastgrpo.trainer.close_up import COMPLETIONS, CloseUp, close_up
-from fastgrpo.trainer.jobs import default_config
 from fastgrpo.trainer.memory import memory_of
-from fastgrpo.trainer.report import close_up as render
+from fastgrpo.trainer.options.jobs import default_config
+from fastgrpo.trainer.output.close_up import COMPLETIONS, CloseUp, close_up
+from fastgrpo.trainer.output.page import close_up as render
 from fastgrpo.trainer.setup import make_run
 from fastgrpo.trainer.state import State
 from fastgrpo.trainer.train import grpo

@@ -9,9 +9,9 @@ from fastgrpo import linear_grpo_loss
 from fastgrpo.trainer import train as loop
 from fastgrpo.trainer.algorithm import make_correction, make_objective
 from fastgrpo.trainer.clock import Clock
-from fastgrpo.trainer.config import TrainConfig
+from fastgrpo.trainer.options.config import TrainConfig
 from fastgrpo.trainer.policy import hidden_rows
-from fastgrpo.trainer.rollout import Rollout
+from fastgrpo.trainer.sampling.rollout import Rollout
 from fastgrpo.trainer.state import State
 from tests.trainer.test_train import SMALL, make_run
 

@@ -5,13 +5,13 @@ import json
 import pytest
 
 from fastgrpo import cli
-from fastgrpo.trainer.jobs import default_config
-from fastgrpo.trainer.jsonl import DataError
-from fastgrpo.trainer.records import read_table
-from fastgrpo.trainer.rewards import Rewards
+from fastgrpo.trainer.data.jsonl import DataError
+from fastgrpo.trainer.data.records import read_table
+from fastgrpo.trainer.data.text import prompt_ids
+from fastgrpo.trainer.options.jobs import default_config
+from fastgrpo.trainer.rewards.scoring import Rewards
 from fastgrpo.trainer.tasks.base import Problem
 from fastgrpo.trainer.tasks.custom import canonical, load_custom, read_problems
-from fastgrpo.trainer.text import prompt_ids
 from tests.trainer.conftest import tiny_llama
 
 ROWS = [{"question": f"{i}+1?", "answer": str(i + 1), "level": i % 3} for i in range(40)]

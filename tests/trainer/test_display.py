@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from fastgrpo.trainer import display
-from fastgrpo.trainer.diagnostics import FINDINGS, Diagnostics
-from fastgrpo.trainer.jobs import default_config
+from fastgrpo.trainer.options.jobs import default_config
+from fastgrpo.trainer.output import display
+from fastgrpo.trainer.output.diagnostics import FINDINGS, Diagnostics
 
 CALM = {
     "loss": 0.2,

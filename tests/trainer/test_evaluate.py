@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fastgrpo.trainer.evaluate import (
+from fastgrpo.trainer.evaluation.evaluate import (
     Answered,
     evaluate,
     majority,
@@ -14,7 +14,7 @@ from fastgrpo.trainer.evaluate import (
     standard_error,
     summarise,
 )
-from fastgrpo.trainer.rollout import Rollout
+from fastgrpo.trainer.sampling.rollout import Rollout
 from fastgrpo.trainer.tasks.base import Problem
 
 
@@ -138,7 +138,7 @@ def test_no_samples_means_greedy_only():
 
 
 def test_the_sampler_of_a_real_model_is_evaluated_repeatably(model, tokenizer, story):
-    from fastgrpo.trainer.sampler import KVSampler
+    from fastgrpo.trainer.sampling.sampler import KVSampler
 
     problems = story.sample("test", random.Random(0), 6)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.trainer.answers import normal_number, stated_answer
-from fastgrpo.trainer.jobs import default_config, make_task
-from fastgrpo.trainer.jsonl import DataError
+from fastgrpo.trainer.data.jsonl import DataError
+from fastgrpo.trainer.options.jobs import default_config, make_task
+from fastgrpo.trainer.rewards.answers import normal_number, stated_answer
 from fastgrpo.trainer.tasks.gsm8k import load_gsm8k, read_problems
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"

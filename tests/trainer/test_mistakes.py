@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from fastgrpo import cli
-from fastgrpo.trainer.inputs import model_folder
-from fastgrpo.trainer.settings import SettingsError
+from fastgrpo.trainer.options.inputs import model_folder
+from fastgrpo.trainer.options.settings import SettingsError
 from tests.trainer.conftest import tiny_llama
 
 FILES = {

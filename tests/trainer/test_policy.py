@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastgrpo.objective import Objective
-from fastgrpo.trainer.batch import make_batch
+from fastgrpo.trainer.data.batch import make_batch
 from fastgrpo.trainer.policy import Policy
 
 SIZE = {

@@ -6,15 +6,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fastgrpo.trainer.jobs import default_config, make_task
+from fastgrpo.trainer.data.text import encode_completions, encode_prompts
 from fastgrpo.trainer.microbatch import split
+from fastgrpo.trainer.options.jobs import default_config, make_task
 from fastgrpo.trainer.policy import Policy
 from fastgrpo.trainer.process import line_ends, reward_lines
-from fastgrpo.trainer.rollout import Rollout
+from fastgrpo.trainer.sampling.rollout import Rollout
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.tasks.base import Problem
 from fastgrpo.trainer.tasks.story import Story
-from fastgrpo.trainer.text import encode_completions, encode_prompts
 from fastgrpo.trainer.train import grpo
 from tests.trainer.conftest import tiny_llama
 

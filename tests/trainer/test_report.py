@@ -4,11 +4,11 @@ import re
 from dataclasses import asdict
 from html.parser import HTMLParser
 
-from fastgrpo.trainer.closing import table
-from fastgrpo.trainer.evaluate import Answered, summarise
-from fastgrpo.trainer.jobs import default_config
-from fastgrpo.trainer.report import render
-from fastgrpo.trainer.result import Result
+from fastgrpo.trainer.evaluation.evaluate import Answered, summarise
+from fastgrpo.trainer.options.jobs import default_config
+from fastgrpo.trainer.output.closing import table
+from fastgrpo.trainer.output.page import render
+from fastgrpo.trainer.output.result import Result
 from fastgrpo.trainer.tasks.base import Problem
 
 HOSTILE = [

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgrpo.trainer.jobs import default_config
-from fastgrpo.trainer.reward_library import SoftOverlong, math_verify, think_format
-from fastgrpo.trainer.reward_process import ProcessReward, RewardFault
-from fastgrpo.trainer.rewards import ExactAnswer, Rewards, make_rewards
+from fastgrpo.trainer.options.jobs import default_config
+from fastgrpo.trainer.rewards.library import SoftOverlong, math_verify, think_format
+from fastgrpo.trainer.rewards.process import ProcessReward, RewardFault
+from fastgrpo.trainer.rewards.scoring import ExactAnswer, Rewards, make_rewards
 from fastgrpo.trainer.tasks.base import Problem
 from fastgrpo.trainer.tasks.story import parse_answer
 

@@ -7,9 +7,10 @@ import stat
 
 import pytest
 
-from fastgrpo.trainer import basecache, rundir
-from fastgrpo.trainer.jobs import default_config
-from fastgrpo.trainer.rundir import RunDirError, claim
+from fastgrpo.trainer.checkpoint import basecache
+from fastgrpo.trainer.options.jobs import default_config
+from fastgrpo.trainer.output import rundir
+from fastgrpo.trainer.output.rundir import RunDirError, claim
 
 
 def test_default_folders_are_numbered_and_latest_follows(tmp_path, monkeypatch):
@@ -93,7 +94,7 @@ def test_a_damaged_cache_entry_is_made_anew(tmp_path, model):
 def test_the_key_changes_with_what_the_base_depends_on(tmp_path):
     from dataclasses import replace
 
-    from fastgrpo.trainer import sft
+    from fastgrpo.trainer.sft.demonstrations import demonstrations as sft
     from fastgrpo.trainer.tasks import story
 
     config = default_config("story")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from fastgrpo.trainer import sampler as sampler_module
-from fastgrpo.trainer.batch import make_batch
-from fastgrpo.trainer.decoder import Decoder, can_decode
-from fastgrpo.trainer.draw import choose, draw_noise_
+from fastgrpo.trainer.data.batch import make_batch
 from fastgrpo.trainer.policy import Policy
-from fastgrpo.trainer.sampler import KVSampler, TransformersSampler, make_sampler, pad_left
-from fastgrpo.trainer.static_step import StaticStep
+from fastgrpo.trainer.sampling import sampler as sampler_module
+from fastgrpo.trainer.sampling.decoder import Decoder, can_decode
+from fastgrpo.trainer.sampling.draw import choose, draw_noise_
+from fastgrpo.trainer.sampling.sampler import KVSampler, TransformersSampler, make_sampler, pad_left
+from fastgrpo.trainer.sampling.static_step import StaticStep
 from tests.trainer.conftest import tiny_llama
 
 EOS, PAD = 1, 0

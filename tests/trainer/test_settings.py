@@ -4,8 +4,14 @@ from dataclasses import fields
 
 import pytest
 
-from fastgrpo.trainer.config import TrainConfig
-from fastgrpo.trainer.settings import SettingsError, describe, parse_train, read_yaml, to_yaml
+from fastgrpo.trainer.options.config import TrainConfig
+from fastgrpo.trainer.options.settings import (
+    SettingsError,
+    describe,
+    parse_train,
+    read_yaml,
+    to_yaml,
+)
 
 
 def test_the_job_is_the_first_word_and_story_without_one():

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastgrpo import cli
-from fastgrpo.trainer.batch import make_batch
-from fastgrpo.trainer.jobs import default_config
-from fastgrpo.trainer.packing import concatenate, pack
+from fastgrpo.trainer.data.batch import make_batch
+from fastgrpo.trainer.data.packing import concatenate, pack
+from fastgrpo.trainer.options.jobs import default_config
 from fastgrpo.trainer.policy import Policy
-from fastgrpo.trainer.sft import demonstrations, make_optimizers, sft, text_length
+from fastgrpo.trainer.sft.demonstrations import demonstrations, make_optimizers, sft, text_length
 from tests.trainer.conftest import tiny_llama
 
 PROMPTS = [[5, 9, 3], [7], [4, 4, 8, 8], [6, 2]]

@@ -8,7 +8,7 @@ import torch
 from benchmarks import step_time
 from benchmarks.step_time import Case, EagerPolicy, Words, compare, make_model
 from fastgrpo import Objective
-from fastgrpo.trainer.batch import make_batch
+from fastgrpo.trainer.data.batch import make_batch
 from fastgrpo.trainer.policy import Policy
 
 SMALL = Case(hidden=16, layers=1, prompts=2, group=2, prompt_tokens=4, new_tokens=5, beta=0.1)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.trainer.inputs import check_inputs
-from fastgrpo.trainer.jobs import FROM_FILES, JOBS, default_config, make_task
-from fastgrpo.trainer.jsonl import DataError
-from fastgrpo.trainer.rewards import ExactAnswer, Rewards
-from fastgrpo.trainer.settings import SettingsError
+from fastgrpo.trainer.data.jsonl import DataError
+from fastgrpo.trainer.options.inputs import check_inputs
+from fastgrpo.trainer.options.jobs import FROM_FILES, JOBS, default_config, make_task
+from fastgrpo.trainer.options.settings import SettingsError
+from fastgrpo.trainer.rewards.scoring import ExactAnswer, Rewards
 from fastgrpo.trainer.tasks import copy_digits, gsm8k_equations
 from fastgrpo.trainer.tasks.story import LARGEST, Story, make_problem, parse_answer, split_of
 

@@ -8,14 +8,20 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastgrpo.trainer.calculator import Calculator
-from fastgrpo.trainer.evaluate import evaluate
-from fastgrpo.trainer.rollout import Rollout
-from fastgrpo.trainer.sampler import KVSampler, TransformersSampler
+from fastgrpo.trainer.data.text import encode_prompts, encode_texts
+from fastgrpo.trainer.evaluation.calculator import Calculator
+from fastgrpo.trainer.evaluation.evaluate import evaluate
+from fastgrpo.trainer.evaluation.tools import (
+    CallFormat,
+    ToolError,
+    ToolSampler,
+    find_tool,
+    next_call,
+)
+from fastgrpo.trainer.sampling.rollout import Rollout
+from fastgrpo.trainer.sampling.sampler import KVSampler, TransformersSampler
 from fastgrpo.trainer.tasks.base import Problem
 from fastgrpo.trainer.tasks.tokenizer import word_tokenizer
-from fastgrpo.trainer.text import encode_prompts, encode_texts
-from fastgrpo.trainer.tools import CallFormat, ToolError, ToolSampler, find_tool, next_call
 from tests.trainer.test_cli import run_here
 
 EOS, PAD = 1, 0

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastgrpo.trainer.algorithm import learning_rate_factor, make_objective
-from fastgrpo.trainer.batch import make_batch, micro_batches
-from fastgrpo.trainer.config import TrainConfig
-from fastgrpo.trainer.jobs import default_config, make_task
+from fastgrpo.trainer.data.batch import make_batch, micro_batches
+from fastgrpo.trainer.options.config import TrainConfig
+from fastgrpo.trainer.options.jobs import default_config, make_task
 from fastgrpo.trainer.policy import Policy
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.train import grpo
@@ -245,7 +245,7 @@ def test_learning_rate_courses():
 def test_every_objective_of_the_command_line_exists():
     from typing import get_args
 
-    from fastgrpo.trainer.config import ObjectiveName
+    from fastgrpo.trainer.options.config import ObjectiveName
 
     for name in get_args(ObjectiveName):
         objective = make_objective(replace(SMALL, objective=name, beta=0.02))

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fastgrpo.trainer import http_json
-from fastgrpo.trainer.batch import make_batch
+from fastgrpo.trainer.data.batch import make_batch
 from fastgrpo.trainer.policy import Policy
-from fastgrpo.trainer.rollout import SamplerError
-from fastgrpo.trainer.vllm_sampler import VLLMSampler, connect
+from fastgrpo.trainer.sampling import http_json
+from fastgrpo.trainer.sampling.rollout import SamplerError
+from fastgrpo.trainer.sampling.vllm_sampler import VLLMSampler, connect
 from tests.trainer.fake_vllm import FakeVLLM
 
 EOS, PAD = 1, 0

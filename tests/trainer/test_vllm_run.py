@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from fastgrpo.trainer import http_json
-from fastgrpo.trainer.jobs import default_config
+from fastgrpo.trainer.options.jobs import default_config
+from fastgrpo.trainer.sampling import http_json
 from fastgrpo.trainer.setup import make_run
 from tests.trainer.fake_vllm import FakeVLLM
 from tests.trainer.test_cli import run_here

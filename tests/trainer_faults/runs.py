@@ -15,8 +15,8 @@ import torch
 from fastgrpo.trainer.adapter import add_adapter
 from fastgrpo.trainer.checkpoint.contents import contents
 from fastgrpo.trainer.checkpoint.store import Checkpoint
-from fastgrpo.trainer.config import TrainConfig
-from fastgrpo.trainer.jobs import default_config, make_task
+from fastgrpo.trainer.options.config import TrainConfig
+from fastgrpo.trainer.options.jobs import default_config, make_task
 from fastgrpo.trainer.policy import Policy, recompute_blocks
 from fastgrpo.trainer.run import run_job
 from fastgrpo.trainer.setup import Run

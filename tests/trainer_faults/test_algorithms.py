@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo.trainer import distributed
 from fastgrpo.trainer.checkpoint import tree
 from fastgrpo.trainer.checkpoint.contents import contents, position, restore
 from fastgrpo.trainer.checkpoint.store import Checkpoint, Store, name_of
 from fastgrpo.trainer.checkpoint.weights import Unusable
-from fastgrpo.trainer.distributed import Ranks
-from fastgrpo.trainer.reward_process import RewardFault
+from fastgrpo.trainer.parallel import distributed
+from fastgrpo.trainer.parallel.distributed import Ranks
+from fastgrpo.trainer.rewards.process import RewardFault
 from fastgrpo.trainer.state import State
 from tests.trainer_faults.runs import SMALL, everything, make_run, train, wait
 from tests.trainer_faults.test_ranks import (

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from fastgrpo.trainer.checkpoint import files, rng
+from fastgrpo.trainer.checkpoint.checkpointer import Checkpointer
 from fastgrpo.trainer.checkpoint.contents import restore
 from fastgrpo.trainer.checkpoint.staging import Staging
 from fastgrpo.trainer.checkpoint.store import Checkpoint, Store
-from fastgrpo.trainer.checkpointer import Checkpointer
-from fastgrpo.trainer.opening import Opened
+from fastgrpo.trainer.options.opening import Opened
 from fastgrpo.trainer.run import run_job
 from fastgrpo.trainer.state import State
 from fastgrpo.trainer.train import grpo

@@ -15,9 +15,9 @@ from fastgrpo.trainer.checkpoint.contents import contents, position
 from fastgrpo.trainer.checkpoint.files import Disk
 from fastgrpo.trainer.checkpoint.lock import FolderLock, Locked
 from fastgrpo.trainer.checkpoint.store import Store
-from fastgrpo.trainer.opening import open_run
+from fastgrpo.trainer.options.opening import open_run
+from fastgrpo.trainer.output.rundir import RunDirError
 from fastgrpo.trainer.run import run_job
-from fastgrpo.trainer.rundir import RunDirError
 from fastgrpo.trainer.state import State
 from tests.trainer_faults.runs import SMALL, end_of, fork, fork_job, make_run, records, wait
 from tests.trainer_faults.test_kill import Counting, install
@@ -106,8 +106,8 @@ def test_training_goes_on_and_says_so(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    from fastgrpo.trainer.checkpointer import Checkpointer
-    from fastgrpo.trainer.opening import Opened
+    from fastgrpo.trainer.checkpoint.checkpointer import Checkpointer
+    from fastgrpo.trainer.options.opening import Opened
 
     run = make_run(SMALL)
     said: list[str] = []

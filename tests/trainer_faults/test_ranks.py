@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgrpo.trainer import distributed, heartbeat
 from fastgrpo.trainer.checkpoint import tree
 from fastgrpo.trainer.checkpoint.contents import contents, position, restore
 from fastgrpo.trainer.checkpoint.store import Store
-from fastgrpo.trainer.distributed import Ranks
+from fastgrpo.trainer.parallel import distributed, heartbeat
+from fastgrpo.trainer.parallel.distributed import Ranks
 from fastgrpo.trainer.run import run_job
 from fastgrpo.trainer.state import State
 from fastgrpo.trainer.train import grpo

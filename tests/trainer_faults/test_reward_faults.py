@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.trainer.reward_process import ProcessReward, RewardFault
-from fastgrpo.trainer.rewards import Rewards
+from fastgrpo.trainer.rewards.process import ProcessReward, RewardFault
+from fastgrpo.trainer.rewards.scoring import Rewards
 from fastgrpo.trainer.tasks.base import Problem
 
 TIMEOUT_S = 1.5
@@ -132,7 +132,7 @@ def closes_everything(completions, **_):
 
 def closes_stdout(completions, **_):
     sys.stdout.close()
-    os.close(1)
+    os.closerange(1, 2)
     return [1.0] * count(completions)
 
 def prints_much(completions, **_):

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgrpo.trainer import sampler
-from fastgrpo.trainer.rollout import Rollout, SamplerError, check
+from fastgrpo.trainer.data.text import decode
+from fastgrpo.trainer.sampling import sampler
+from fastgrpo.trainer.sampling.rollout import Rollout, SamplerError, check
 from fastgrpo.trainer.state import State
-from fastgrpo.trainer.text import decode
 from tests.trainer_faults.runs import SMALL, make_run, train
 
 CONFIG = replace(SMALL, max_steps=2, num_iterations=1, steps_per_generation=1)

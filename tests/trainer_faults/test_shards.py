@@ -12,12 +12,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
-from fastgrpo.trainer import distributed
 from fastgrpo.trainer.checkpoint import weights
 from fastgrpo.trainer.checkpoint.contents import contents, model_files, position, restore
 from fastgrpo.trainer.checkpoint.store import Checkpoint, Store
 from fastgrpo.trainer.checkpoint.tree import StateError
-from fastgrpo.trainer.distributed import Ranks
+from fastgrpo.trainer.parallel import distributed
+from fastgrpo.trainer.parallel.distributed import Ranks
 from fastgrpo.trainer.state import State
 from fastgrpo.trainer.train import grpo
 from tests.trainer_faults.runs import SMALL, make_run, wait

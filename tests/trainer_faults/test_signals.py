@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from fastgrpo.trainer import evaluate, passes, phases, policy, run, sampler
+from fastgrpo.trainer import passes, phases, policy, run
 from fastgrpo.trainer.checkpoint.store import Store
-from fastgrpo.trainer.rewards import Rewards
+from fastgrpo.trainer.evaluation import evaluate
+from fastgrpo.trainer.rewards.scoring import Rewards
+from fastgrpo.trainer.sampling import sampler
 from tests.trainer_faults.runs import SMALL, end_of, fork, fork_job, records, wait
 
 JOB = replace(
@@ -73,7 +75,7 @@ def test_a_signal_in_any_phase(alone, tmp_path, trials, phase, number):
 
 
 def test_sigterm_twice_still_saves_and_a_second_ctrl_c_stops_at_once(tmp_path):
-    from fastgrpo.trainer.interrupt import Interrupt, Interrupted
+    from fastgrpo.trainer.parallel.interrupt import Interrupt, Interrupted
 
     with Interrupt() as interrupt:
         for _ in range(2):

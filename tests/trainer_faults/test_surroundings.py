@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from fastgrpo.trainer import main, run
+from fastgrpo.trainer import run
+from fastgrpo.trainer.commands import train as main
 from tests.trainer_faults.runs import SMALL, end_of, fork, fork_job, records, wait
 
 JOB = replace(SMALL, max_steps=3, eval_steps=1, eval_questions=4, eval_samples=2, report=True)

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from fastgrpo.trainer.adapter import FILE as ADAPTER
 from fastgrpo.trainer.adapter import NAME, adapter_tensors, is_adapted
-from fastgrpo.trainer.batch import TokenBatch
 from fastgrpo.trainer.checkpoint import rng, tree
 from fastgrpo.trainer.checkpoint.files import File
 from fastgrpo.trainer.checkpoint.store import BETWEEN_STEPS, Checkpoint, Position
 from fastgrpo.trainer.checkpoint.weights import Keep, StoredTensors, Unusable, part_files
-from fastgrpo.trainer.config import TrainConfig
-from fastgrpo.trainer.inputs import reward_file
+from fastgrpo.trainer.data.batch import TokenBatch
 from fastgrpo.trainer.microbatch import MicroBatch, Portion
-from fastgrpo.trainer.replay import Replay
-from fastgrpo.trainer.rollout import Rollout
+from fastgrpo.trainer.options.config import TrainConfig
+from fastgrpo.trainer.options.inputs import reward_file
+from fastgrpo.trainer.rewards.replay import Replay
+from fastgrpo.trainer.sampling.rollout import Rollout
 from fastgrpo.trainer.setup import Run
 from fastgrpo.trainer.state import Scored, State
 from fastgrpo.trainer.tally import Tally

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from fastgrpo.trainer import rundir
+from fastgrpo.trainer.output import rundir
 
 NAME = rundir.LOCK
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from fastgrpo.trainer.checkpoint import tree
 from fastgrpo.trainer.checkpoint.files import File
-from fastgrpo.trainer.distributed import Ranks
+from fastgrpo.trainer.parallel.distributed import Ranks
 
 Keep = Callable[[str, Tensor], Tensor]
 """What to write in a tensor's place: itself, or a copy that training does not change."""

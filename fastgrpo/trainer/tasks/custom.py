@@ -6,10 +6,17 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from fastgrpo.trainer.answers import LONGEST, normal_number, stated_answer
-from fastgrpo.trainer.jsonl import DataError
-from fastgrpo.trainer.records import ANSWER, PROMPT, find_column, need_column, read_table, text_of
-from fastgrpo.trainer.rewards import ExactAnswer
+from fastgrpo.trainer.data.jsonl import DataError
+from fastgrpo.trainer.data.records import (
+    ANSWER,
+    PROMPT,
+    find_column,
+    need_column,
+    read_table,
+    text_of,
+)
+from fastgrpo.trainer.rewards.answers import LONGEST, normal_number, stated_answer
+from fastgrpo.trainer.rewards.scoring import ExactAnswer
 from fastgrpo.trainer.tasks.base import Message, OutcomeOnly, Problem, Reward, TinyModel
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from fastgrpo.trainer.answers import final_number
-from fastgrpo.trainer.jsonl import DataError, parse_lines
-from fastgrpo.trainer.rewards import ExactAnswer
+from fastgrpo.trainer.data.jsonl import DataError, parse_lines
+from fastgrpo.trainer.rewards.answers import final_number
+from fastgrpo.trainer.rewards.scoring import ExactAnswer
 from fastgrpo.trainer.tasks.base import OutcomeOnly, Problem, Reward, TinyModel
 
 INSTRUCTION = "Reason step by step, and give the final number on a last line after ####."

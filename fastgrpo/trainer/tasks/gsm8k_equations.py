@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from fastgrpo.trainer.jsonl import DataError, parse_lines
-from fastgrpo.trainer.rewards import ExactAnswer
+from fastgrpo.trainer.data.jsonl import DataError, parse_lines
+from fastgrpo.trainer.rewards.scoring import ExactAnswer
 from fastgrpo.trainer.tasks.base import SPLITS, OutcomeOnly, Problem, Reward, TinyModel
 from fastgrpo.trainer.tasks.story import parse_answer
 from fastgrpo.trainer.tasks.tokenizer import word_tokenizer

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from fastgrpo.trainer.rewards import ExactAnswer
+from fastgrpo.trainer.rewards.scoring import ExactAnswer
 from fastgrpo.trainer.tasks.base import SPLITS, Problem, Reward, TinyModel
 from fastgrpo.trainer.tasks.tokenizer import word_tokenizer
 

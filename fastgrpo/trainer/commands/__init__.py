@@ -1,0 +1,1 @@
+"""One module per subcommand of `fastgrpo` that trains, evaluates or tries something."""

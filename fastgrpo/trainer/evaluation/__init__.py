@@ -1,0 +1,1 @@
+"""Accuracy on held-out questions, with or without tools."""

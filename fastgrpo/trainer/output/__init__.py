@@ -1,0 +1,1 @@
+"""All that a run shows and writes: terminal, metrics, report, closing words, and its folder."""

@@ -1,0 +1,1 @@
+"""Scores of completions, and the processes that keep users' reward functions from doing harm."""
