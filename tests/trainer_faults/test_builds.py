@@ -132,6 +132,7 @@ def compile_kernel(cache: Path) -> "subprocess.CompletedProcess[str]":
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_truncated_triton_cache(tmp_path):
     """What a power cut leaves: a file of the cache cut in half. It never hangs, and deleting the cache always helps.
 

@@ -22,7 +22,15 @@ def alone(tmp_path_factory):
     return end_of(out, 3), records(out)
 
 
-@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0 * 365, float("nan")], ids=str)
+@pytest.mark.parametrize(
+    "jump",
+    [
+        -86_400.0,
+        pytest.param(86_400.0 * 365, marks=pytest.mark.slow),
+        pytest.param(float("nan"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_clock_that_jumps_changes_nothing(alone, tmp_path, jump):
     """Waits and steps are measured by the monotonic clock; the wall clock is only ever shown."""
     config, log = replace(JOB, output_dir=str(tmp_path / "run")), tmp_path / "log"
