@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastgrpo import Objective, linear_grpo_loss, linear_token_logprob, policy_loss
+from fastgrpo.ops.head_products import is_native
 from fastgrpo.testing import assert_matches_reference, make_inputs
 from tests.ops.common import (
     INF,
@@ -429,6 +430,8 @@ def test_a_tokens_own_column_is_exact_in_every_slab_of_the_weight(monkeypatch, i
     """What rounding takes from the largest entry of a row of dlogits is added back, also at the edges of slabs."""
     from fastgrpo.functional.linear import inputs, weight_sum
 
+    if mode == "auto" and not is_native(torch.device("cpu")):
+        pytest.skip("auto rounds the logits on this CPU, or on this backend")
     if mode == "mixed":  # what a GPU runs
         monkeypatch.setattr(inputs, "choose_mode", lambda *_: "mixed")
         monkeypatch.setattr(inputs, "is_native", lambda _: False)
