@@ -96,8 +96,10 @@ def report() -> str:
         cells = ["*not measured*"]
         if against:
             after = [100 * run["final"]["pass@1"] for run in mine]
+            spread = f"{min(after):.1f}-{max(after):.1f}"
+            alone = f"seed {mine[0]['seed']} only"
             cells = [
-                f"{mean(after):.1f} ({min(after):.1f}-{max(after):.1f})",
+                f"{mean(after):.1f} ({spread if len(mine) > 1 else alone})",
                 points(mean(against)),
                 points(min(against)),
                 f"{mean(run['mean_length']['final'] for run in mine):.1f}",
