@@ -454,3 +454,15 @@ def test_a_tokens_own_column_is_exact_in_every_slab_of_the_weight(monkeypatch, i
         floor = (wide.grad[rows].bfloat16().double() - wide.grad[rows]).norm()
         found.append(float(error / floor))
     assert max(found) <= 1.1, found
+
+
+def test_N40_float64_gradients_are_scaled_in_float64():
+    data = make_inputs(3, 4, 19, torch.float64, seed=59)
+    found = []
+    for factor in (1.0, 1 / 3):
+        hidden = torch.eye(12, dtype=torch.float64).view(3, 4, 12)
+        weight = data.logits.view(12, 19).t().contiguous().requires_grad_()
+        loss = linear_grpo_loss(hidden, weight, data.token_ids, data.advantage, ALL_LIVE).loss
+        (factor * loss).backward()
+        found.append(weight.grad)
+    assert_matches_reference(found[1], found[0] / 3, atol=1e-17, rtol=1e-15)
