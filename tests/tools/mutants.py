@@ -3,8 +3,8 @@
 `python -m tests.tools.mutants --group reference --count 40 --seed 0` works on a copy of the last commit in a temporary
 directory. Groups: reference (eager specification), triton (kernels, in the interpreter), cpu (C++, rebuilt each time),
 host (validation, batching, autograd), linear (from hidden states to the loss). A mutant that does not compile or import
-is not counted. Results are appended as JSON lines; `--summary FILE.json` prints the share killed and the survivors,
-which are either gaps or equivalent programs, and writes them down.
+is not counted, nor is one that is the same program (equivalents.py, each with its reason). Results are appended as JSON
+lines; `--summary FILE.json` prints the share killed and the survivors, and writes them down.
 """
 
 import argparse
@@ -23,6 +23,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from tests.tools.equivalents import EQUIVALENT
+from tests.tools.mutant_groups import GROUPS, Group
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "runs" / "mutants.jsonl"
@@ -46,57 +49,6 @@ CPP_SKIP = re.compile(
 CPP_TOKEN = re.compile(
     r"[A-Za-z_][A-Za-z_0-9]*|\d+\.\d+|\d+|<=|>=|==|!=|&&|\|\||->|<<|>>|\+=|-=|\*=|[-+*/<>&|]"
 )
-
-
-@dataclass(frozen=True)
-class Group:
-    """Which files are changed, and what must notice."""
-
-    files: tuple[str, ...]
-    tests: tuple[str, ...]
-    environment: tuple[tuple[str, str], ...] = ()
-    build: bool = False
-
-
-_KERNELS = ("row", "row_gradient", "token_logprob", "policy_terms", "policy_loss", "policy_metrics", "grpo_loss",
-            "kl_terms", "gates", "numerics", "kl_estimate", "scale_gradient")  # fmt: skip
-_PARTS = ("logits", "losses", "limits", "batch", "linear")
-_CATALOGUE = tuple(f"tests/ops/test_catalogue_{part}.py" for part in _PARTS)
-GROUPS = {
-    "reference": Group(
-        ("fastgrpo/reference/token_logprob.py", "fastgrpo/reference/policy_loss.py", "fastgrpo/reference/gates.py",
-         "fastgrpo/reference/kl_estimate.py", "fastgrpo/reference/grpo_loss.py", "fastgrpo/reference/log_ratio.py"),
-        ("tests/ops/test_reference.py", "tests/test_losses.py", *_CATALOGUE, "tests/test_rollout_correction.py",
-         "tests/ops/test_gradcheck.py", "tests/ops/test_determinism.py", "tests/test_metrics.py"),
-        (("FASTGRPO_BACKEND", "reference"),),
-    ),
-    # Not launch.py: its numbers are tuning, no result depends on them.
-    "triton": Group(tuple(f"fastgrpo/kernels/{name}.py" for name in _KERNELS), ("tests/interpreter",)),
-    "cpu": Group(
-        ("csrc/cpu/*.inc", "csrc/cpu/policy_*.cpp", "csrc/cpu/grpo_loss.cpp", "csrc/cpu/kl_estimate.cpp",
-         "csrc/cpu/token_logprob.cpp", "csrc/cpu/token_rows.h", "csrc/cpu/tensors.h"),
-        (*_CATALOGUE, "tests/cpu", "tests/ops/test_memory_fence.py", "tests/ops/test_determinism.py",
-         "tests/ops/test_gradcheck.py", "tests/ops/test_fuzz.py"),
-        build=True,
-    ),
-    "host": Group(
-        ("fastgrpo/batch.py", "fastgrpo/reduction.py", "fastgrpo/losses.py", "fastgrpo/metrics.py",
-         "fastgrpo/rollout_correction.py", "fastgrpo/functional/checks.py", "fastgrpo/functional/token_logprob.py",
-         "fastgrpo/functional/policy_loss.py", "fastgrpo/functional/grpo_loss.py",
-         "fastgrpo/functional/kl_estimate.py"),
-        ("tests/test_losses.py", *_CATALOGUE, "tests/ops/test_errors.py", "tests/ops/test_errors_elsewhere.py",
-         "tests/ops/test_autograd.py", "tests/ops/test_autograd_modes.py", "tests/test_metrics.py",
-         "tests/test_rollout_correction.py", "tests/ops/test_determinism.py", "tests/ops/test_large_offsets.py"),
-    ),
-    "linear": Group(
-        ("fastgrpo/functional/linear/*.py", "fastgrpo/functional/linear_*.py", "fastgrpo/linear_losses.py",
-         "fastgrpo/row_plan.py"),
-        ("tests/ops/test_catalogue_linear.py", "tests/test_linear_grpo_loss.py", "tests/test_linear_token_logprob.py",
-         "tests/test_linear_errors.py", "tests/test_linear_products.py", "tests/test_linear_precision.py",
-         "tests/test_linear_room.py", "tests/test_row_plan.py", "tests/test_linear_trl.py",
-         "tests/test_linear_compile.py", "tests/test_linear_vocabulary_parallel.py"),
-    ),
-}  # fmt: skip
 
 
 @dataclass
@@ -258,12 +210,26 @@ def campaign(name: str, count: int, seed: int, output: Path, retry: bool) -> Non
                   f"{mutant.before} -> {mutant.after}  {mutant.by}", flush=True)  # fmt: skip
 
 
+def same_program(mutant: Mutant) -> str | None:
+    """Why nothing can notice this mutant; None: something can."""
+    if mutant.outcome != "survived":
+        return None
+    places = (
+        key
+        for key in EQUIVALENT
+        if key[0] == mutant.file and key[2:] == (mutant.before, mutant.after)
+    )
+    return next((EQUIVALENT[key] for key in places if key[1].startswith(mutant.source)), None)
+
+
 def summary(output: Path, report: Path | None) -> None:
     """Share killed per group and the survivors; a mutant that was tried again counts as it came out last."""
     lines = output.read_text(encoding="utf-8").splitlines()
     tried = [Mutant(**json.loads(line)) for line in lines]
     last = {(m.group, m.file, m.line, m.column, m.after): m for m in tried}
-    valid = [m for m in last.values() if m.outcome in ("killed", "survived")]
+    valid = [
+        m for m in last.values() if m.outcome in ("killed", "survived") and not same_program(m)
+    ]
     groups = {}
     for name in GROUPS:
         own = [m for m in valid if m.group == name]
@@ -277,6 +243,13 @@ def summary(output: Path, report: Path | None) -> None:
         if m.outcome == "survived"
     ]
     print("\n".join(f"survived: {text}" for text in survivors))
+    same = sorted(
+        {
+            f"{m.file} {m.before} -> {m.after}: {why}"
+            for m in last.values()
+            if (why := same_program(m))
+        }
+    )
     if report is not None:
         killers = Counter(m.by.split("::")[0] for m in valid if m.outcome == "killed")
         content = {
@@ -284,6 +257,7 @@ def summary(output: Path, report: Path | None) -> None:
             "killed": sum(g["killed"] for g in groups.values()),
             "groups": groups,
             "survivors": survivors,
+            "same_program": same,
             "killed_by": dict(killers.most_common()),
         }
         report.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
