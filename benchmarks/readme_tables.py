@@ -18,6 +18,8 @@ from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
+from benchmarks import long_runs
+from benchmarks.long_runs import NOTHING
 from benchmarks.measured import Run, middle, ratio, runs
 from fastgrpo.bench.goals import Verdict, verdicts
 from fastgrpo.bench.report import HEADER, cells
@@ -27,10 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "trainer", "learning")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "trainer", "learning", "long_runs")),
 )
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n)(.*?)(<!-- /results:\2 -->)", re.DOTALL)
-NOTHING = "*Not measured yet.*\n"
 PEERS = ("torch.compile", "eager", "TRL", "Liger", "F.linear_cross_entropy")
 WORDS = {
     "logprob": "log-prob",
@@ -263,6 +264,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "scaling": scaling,
     "callgrind": callgrind,
     "step-time": step_time,
+    **long_runs.BLOCKS,
 }
 
 
