@@ -6,6 +6,8 @@
 #   make gpu-check  proof on a machine with an NVIDIA GPU, in 9 minutes (GPU_CHECK=--dry-run rehearses on a CPU)
 #   make faults     400 kills, disk faults, damage, dead ranks    make soak   an hour of training under observation (SOAK_S)
 #   make learning   every algorithm on the default job, three seeds each (an hour and a half); results in docs/learning.md
+#   make fuzz       100,000 random cases against float64 (FUZZ_SEED)    make mutants   changes one token, 120 times: do tests notice?
+#   make reliability  every test behind docs/reliability.md, slow ones too, and the page
 #   make callgrind  instruction counts of the CPU kernels against the committed baseline
 #
 # TORCH_INDEX=<url>  takes torch from another index, for instance one with its smaller CPU build
@@ -14,6 +16,8 @@
 PYTHON ?= python3
 WORKERS ?= 2
 SOAK_S ?= 3600
+FUZZ_SEED ?= $(shell date +%Y%m%d)
+MUTANTS := reference:25 host:25 linear:30 triton:20 cpu:20
 
 BIN := .venv/bin
 STAMP := .venv/fastgrpo.stamp
@@ -26,7 +30,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := env
-.PHONY: env build train test test-full lint static pytest pytest-interpreter bench gpu-check callgrind learning faults soak clean
+.PHONY: env build train test test-full lint static pytest pytest-interpreter bench gpu-check callgrind learning faults soak fuzz mutants reliability clean
 
 env: $(STAMP)
 
@@ -84,6 +88,7 @@ callgrind: build
 learning: build
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.readme_tables
+	$(BIN)/python docs/generate_reliability.py
 
 # One process: the kills are timed, and the tests fork.
 faults: build
@@ -93,6 +98,20 @@ faults: build
 soak: build
 	$(BIN)/python -m tests.trainer_faults.soak --seconds $(SOAK_S) --out benchmarks/results/soak.json
 	$(BIN)/python -m benchmarks.readme_tables
+	$(BIN)/python docs/generate_reliability.py
+
+fuzz: build
+	$(BIN)/python -m tests.tools.fuzz --cases 100000 --seed $(FUZZ_SEED) --output benchmarks/results/fuzz.json
+	$(BIN)/python docs/generate_reliability.py
+
+# On a copy of the last commit; an hour or more.
+mutants: build
+	for group in $(MUTANTS); do $(BIN)/python -m tests.tools.mutants --group $${group%:*} --count $${group#*:} || exit 1; done
+	$(BIN)/python -m tests.tools.mutants --summary benchmarks/results/mutants.json
+	$(BIN)/python docs/generate_reliability.py
+
+reliability: build
+	$(BIN)/python docs/generate_reliability.py --run
 
 clean:
 	rm -rf build dist *.egg-info fastgrpo/*.so .mypy_cache .pytest_cache .ruff_cache
