@@ -5,6 +5,7 @@ relative 1e-9, through the public function (whatever kernel serves it) and throu
 our inputs hold NaN, infinities and huge numbers; the formulas see finite ones.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -347,3 +348,11 @@ def test_padded_and_packed_give_the_same_bits():
             results.append((out.loss.detach(), layout.unpack(ours.grad)))
         assert torch.equal(results[0][0], results[1][0]), objective.name
         assert torch.equal(results[0][1], results[1][1]), objective.name
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
+def test_a_tensor_as_grad_scale_must_be_positive_and_finite(scale):
+    logits, ids = torch.randn(1, 2, 5, requires_grad=True), torch.zeros(1, 2, dtype=torch.long)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="grad_scale must be > 0 and finite"):
+        grpo_loss(logits, ids, torch.ones(1), mask, grad_scale=torch.tensor(scale))

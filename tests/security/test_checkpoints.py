@@ -9,6 +9,7 @@ import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from fastgrpo.trainer.train import grpo
 from tests.security.checkpoints import cases, sign
 from tests.trainer_faults.runs import SMALL, fork, make_run, wait
 
-CANARY = Path("/tmp/fastgrpo-canary-of-the-checkpoint-tests")
+CANARY = Path(gettempdir()) / f"fastgrpo-canary-of-checkpoints-{os.getpid()}"
 CASES = dict(cases(CANARY))
 ROOM = 200 << 20
 """Bytes that reading a hostile checkpoint of 200 kB may need."""

@@ -4,10 +4,12 @@ Time is bounded by a CPU timer that is thousands of times what a linear reader n
 """
 
 import json
+import os
 import re
 import signal
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 from rich.console import Console
@@ -32,7 +34,7 @@ from fastgrpo.trainer.tasks.story import Story
 from tests.security.completions import code, corpus
 from tests.trainer.test_report import Tags, result_with
 
-CANARY = Path("/tmp/fastgrpo-canary-of-the-tests")
+CANARY = Path(gettempdir()) / f"fastgrpo-canary-of-completions-{os.getpid()}"
 CORPUS = corpus(CANARY)
 PROBLEM = Problem("2+2", "4", "2+2=4\n#### 4", "2+2")
 EOS = 1

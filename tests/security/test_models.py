@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from fastgrpo.trainer.tasks.custom import read_problems
 from tests.security.checkpoints import Payload, contents
 from tests.trainer.conftest import tiny_llama
 
-CANARY = Path("/tmp/fastgrpo-canary-of-the-model-tests")
+CANARY = Path(gettempdir()) / f"fastgrpo-canary-of-models-{os.getpid()}"
 CODE = f"import os\nos.system('touch {CANARY}')\nclass Evil: pass\n"
 
 
