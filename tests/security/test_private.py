@@ -11,6 +11,7 @@ import pytest
 from fastgrpo.trainer.data.foreign_text import HIDDEN, redact
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = pytest.mark.xdist_group("private")  # the runs that all of it is about are made once
 CANARIES = {
     "HF_TOKEN": "hf_CanaryCanaryCanaryCanary01",
     "WANDB_API_KEY": "canary0wandb0canary0wandb0canary0wandb02",
