@@ -31,10 +31,32 @@ the bounded, detached ratio as its weight.
 
 """
 METRICS_HEAD = """
+## Your own surrogate
+
+```python
+import torch, triton, triton.language as tl
+from fastgrpo import Objective, register_surrogate
+
+@triton.jit  # inlined into the loss kernels on a GPU; on a CPU, where the expression serves, None will do
+def bent_jit(log_ratio, advantage, params):
+    t = 2 * tl.sigmoid(2 * log_ratio) - 1
+    return -advantage * t, -advantage * (1 - t * t)  # what is minimised, and its derivative
+
+def bent(log_ratio, advantage, params):
+    t = torch.tanh(log_ratio)
+    return -advantage * t, -advantage * (1 - t * t)
+
+register_surrogate("bent", bent_jit, bent)
+objective = Objective(surrogate="bent")  # which does its own clipping
+```
+
+`fastgrpo.testing.check_surrogate("bent")` compares the derivative with the value's, and both forms where Triton runs.
+
 ## Metrics
 
-`result.metrics["kl"]` is the mean over live tokens, `.sum`, `.min`, `.max` and `.count` the other statistics, each a
-0-dim tensor on the device. `merge` (micro-batches) and `all_reduce` (ranks) are exact: sums, counts and extremes.
+`result.metrics["kl"]` is the mean over live tokens; `result.metrics.sum("kl")`, `.min("kl")`, `.max("kl")` and
+`.count("kl")` the other statistics, each a 0-dim tensor on the device. `merge` (micro-batches) and `all_reduce` (ranks)
+are exact: sums, counts and extremes.
 
 """
 ALIASES_HEAD = """
