@@ -7,6 +7,7 @@ from fastgrpo import Objective, grpo_loss, kl_estimate, policy_loss, token_logpr
 from fastgrpo.testing import assert_matches_reference, make_inputs
 from tests.ops.common import (
     INF,
+    LINEAR_PATHS,
     NAN,
     OBJECTIVES,
     PATHS,
@@ -270,3 +271,26 @@ def test_N28_integer_masks(dtype):
     actual = grpo_loss(data.logits, data.token_ids, data.advantage, data.mask.to(dtype))
     assert bitwise_equal(actual.loss, expected.loss)
     assert bitwise_equal(actual.token_loss, expected.token_loss)
+
+
+# float16 has a scale of its own for stored gradients, the power of two nearest the normaliser: of no token it is 1.
+@pytest.mark.parametrize("path", [*PATHS, *LINEAR_PATHS])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_N10_nothing_to_learn_from_in_half_precision(path, dtype):
+    data = make_inputs(3, 4, 11, dtype, seed=21)
+    nothing = torch.zeros(3, 4, dtype=torch.bool)
+    out = score(path, data.logits, data.token_ids, data.advantage, nothing)
+    assert float(out.loss) == 0.0
+    assert bool((out.dlogits == 0).all())
+
+
+@pytest.mark.parametrize("path", ["one_pass", "linear_one_pass"])
+def test_N20_a_grad_scale_on_the_device_is_a_number_like_another(path):
+    data = make_inputs(3, 4, 19, torch.bfloat16, seed=22)
+    args = (path, data.logits, data.token_ids, data.advantage, data.mask)
+    plain = score(*args).dlogits
+    for scale in (64.0, torch.tensor(64.0), torch.tensor([0.25], dtype=torch.float64)):
+        assert bitwise_equal(score(*args, grad_scale=scale).dlogits, plain), "a power of two"
+    for bad in (0.0, -1.0, INF, NAN):
+        with pytest.raises(ValueError, match="grad_scale must be > 0 and finite"):
+            score(*args, grad_scale=torch.tensor(bad))

@@ -10,6 +10,8 @@ EQUIVALENT = {
         "a count of live tokens is 0 only where no token has a weight",
     ("fastgrpo/functional/linear/loss.py", 'if active.device.type == "cpu":', "==", "!="):
         "whether inactive rows are left out of the product or multiplied as zeros",
+    ("fastgrpo/functional/linear_grpo_loss.py", "wide = gradient.dtype == torch.float64", "==", "!="):
+        "the op takes a scale of either type, and autograd hands over one of the loss's type, which is the gradient's",
     ("fastgrpo/functional/linear/weight_sum.py",
      "for (start, stop), slab in zip(self.bounds(), self.slabs, strict=True):", "True", "False"):
         "bounds() has one entry per slab",
