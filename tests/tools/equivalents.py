@@ -17,6 +17,8 @@ EQUIVALENT = {
         "bounds() has one entry per slab",
     ("fastgrpo/kernels/policy_loss.py", "pools = spec[SPEC_HEAD + 2 :: SPEC_GATE][: spec[SPEC_HEAD - 1]]", "+", "-"):
         "chooses the launch shape of unpooled objectives only; the sequence kernel computes them too",
+    ("fastgrpo/kernels/row.py", "residue = tl.where(total == total, 0.0, 0.0).to(tl.float64)", "==", "!="):
+        "0 either way: only the shape of `total` is wanted",
     ("csrc/cpu/policy_sequence.inc", "for (int64_t i = begin; i < end; i += kWide) {", "<", "<="):
         "one more tile, of no token",
     ("csrc/cpu/row_stats.inc", "lane_is_live[lane] = lane < count ? S(1) : S(0);", "1", "2"):
