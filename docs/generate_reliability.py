@@ -67,6 +67,7 @@ def result_words() -> dict[str, str]:
     words |= {"fuzz_cases": f"{fuzz['cases']:,}", "fuzz_compared": f"{compared:,}"}
     words |= {"fuzz_failures": str(fuzz["failures"])}
     groups = [f"{name} {g['killed']}/{g['mutants']}" for name, g in mutants["groups"].items()]
+    words |= {"mutants_first": str(mutants["killed_at_once"])}
     words |= {"mutants_killed": str(mutants["killed"]), "mutants_tried": str(mutants["mutants"])}
     words |= {
         "mutants_groups": ", ".join(groups),

@@ -230,7 +230,9 @@ def summary(output: Path, report: Path | None) -> None:
     """Share killed per group and the survivors; a mutant that was tried again counts as it came out last."""
     lines = output.read_text(encoding="utf-8").splitlines()
     tried = [Mutant(**json.loads(line)) for line in lines]
-    last = {(m.group, m.file, m.line, m.column, m.after): m for m in tried}
+    places = [(m.group, m.file, m.line, m.column, m.after) for m in tried]
+    last = dict(zip(places, tried, strict=True))
+    first = dict(zip(reversed(places), reversed(tried), strict=True))
     valid = [
         m for m in last.values() if m.outcome in ("killed", "survived") and not same_program(m)
     ]
@@ -260,6 +262,7 @@ def summary(output: Path, report: Path | None) -> None:
             "mutants": len(valid),
             "killed": sum(g["killed"] for g in groups.values()),
             "groups": groups,
+            "killed_at_once": sum(m.outcome == "killed" for m in first.values()),
             "survivors": survivors,
             "same_program": same,
             "killed_by": dict(killers.most_common()),
