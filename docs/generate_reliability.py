@@ -112,7 +112,8 @@ def standing(promise: Promise, outcomes: dict[str, dict[str, int]]) -> str:
 def row(promise: Promise, outcomes: dict[str, dict[str, int]], words: dict[str, str]) -> str:
     """The entry of one promise."""
     counts = counts_of(promise, outcomes)
-    parts = [f"{counts['passed']:,} cases pass"] if counts["passed"] else []
+    passed = counts["passed"]
+    parts = [f"{passed:,} cases pass" if passed > 1 else "1 case passes"] if passed else []
     parts += [f"**{counts['failed']} fail**"] if counts["failed"] else []
     parts += [f"{counts['skipped']} skipped here"] if counts["skipped"] else []
     parts += [promise.reached.format(**words)] if promise.reached else []
