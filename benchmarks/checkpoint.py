@@ -1,6 +1,6 @@
 """What a checkpoint costs: its files against a raw write of the same bytes, and how long training waits for a save.
 
-    python -m benchmarks.checkpoint [--megabytes 256] [--repeats 7] [--folder DIR] [--write]
+    python -m benchmarks.checkpoint [--megabytes 2048] [--repeats 7] [--folder DIR] [--write]
 
 A save writes weights, reference and both moments, hashes them, syncs them and reads them back; the raw write does one
 file and one sync. Both are interleaved. Then GRPO on models of three sizes: seconds per step without saves, and how
@@ -12,6 +12,7 @@ benchmarks/results/checkpoint.json, which docs/long_runs.md quotes.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -25,9 +26,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastgrpo.trainer.checkpoint import tree
 from fastgrpo.trainer.checkpoint.checkpointer import Checkpointer
+from fastgrpo.trainer.checkpoint.contents import as_it_is
 from fastgrpo.trainer.checkpoint.store import Checkpoint, Store
+from fastgrpo.trainer.checkpoint.weights import part_files
 from fastgrpo.trainer.options.jobs import default_config, make_task
 from fastgrpo.trainer.options.opening import Opened
+from fastgrpo.trainer.parallel.distributed import Ranks
 from fastgrpo.trainer.policy import Policy
 from fastgrpo.trainer.setup import Run, keep_freed_memory
 from fastgrpo.trainer.state import State
@@ -59,10 +63,10 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
 
 def against_raw(folder: Path, parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, float]:
     """One round: the raw write, the save, and what resuming reads once more."""
-    pieces = [piece for tensors in parts.values() for piece in tree.pieces(tensors)]
+    pieces = [piece for tensors in parts.values() for piece in tree.Pieces(tensors)]
     seconds = {"raw_s": raw(folder / "raw", pieces)}
     store = Store(folder / "checkpoints", limit=1)
-    files = [(f"{part}.safetensors", tree.pieces(tensors)) for part, tensors in parts.items()]
+    files = [f for part, t in parts.items() for f in part_files(part, t, Ranks(), as_it_is)]
     seconds["save_s"], path = timed(lambda: store.save((1, -1), files))
     seconds["verify_s"], _ = timed(Checkpoint(path).verify)
     return seconds
@@ -78,10 +82,13 @@ def files_against_raw(megabytes: int, repeats: int, folder: str | None) -> dict[
     with tempfile.TemporaryDirectory(dir=folder) as name:
         against_raw(Path(name), parts)  # the first touches the disk's free space
         rounds = []
-        for number in range(repeats):
+        for number in range(
+            repeats
+        ):  # each in the page cache of the one before: the raw write is at its fastest
             place = Path(name) / str(number)
             place.mkdir()
             rounds.append(against_raw(place, parts))
+            shutil.rmtree(place)
     row = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
     row["save_over_raw"] = statistics.median(r["save_s"] / r["raw_s"] for r in rounds)
     # On a busy machine: the round in which others disturbed each least.
@@ -165,7 +172,7 @@ def stall(size: tuple[int, int]) -> dict[str, Any]:
 def main() -> None:
     """Prints one JSON line per measurement."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--megabytes", type=int, default=256)
+    parser.add_argument("--megabytes", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", default=None, help="on the disk to measure")
     parser.add_argument("--write", action="store_true", help="keep the results in the repository")

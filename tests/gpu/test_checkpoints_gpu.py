@@ -20,7 +20,7 @@ def test_files_hold_what_the_weights_were(background):
         "c": torch.tensor(3.0, device="cuda"),
         "t": torch.randn(8, 4, device="cuda").T,
     }
-    expected = b"".join(tree.pieces({name: w.cpu() for name, w in weights.items()}))
+    expected = b"".join(tree.Pieces({name: w.cpu() for name, w in weights.items()}))
     staging = Staging()
     for _ in range(2):  # the second time in memory that is there already
         if background:

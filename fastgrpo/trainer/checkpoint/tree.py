@@ -91,27 +91,38 @@ def unpack(value: Any, tensors: Mapping[str, Any]) -> Any:
     raise StateError(f"stored state has an unknown mark {value[MARK]!r}")
 
 
-def pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file, piece by piece: weights in memory are not copied, others come over one by one."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, tensor in tensors.items():
-        kind = DTYPES.get(tensor.dtype)
-        if kind is None:
-            raise StateError(f"{name} cannot be stored: {tensor.dtype}")
-        header[name] = {
-            "dtype": kind,
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.nbytes],
-        }
-        at += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(-len(text) % 8 + len(text))
-    yield struct.pack("<Q", len(text)) + text
-    for tensor in tensors.values():
-        if tensor.nbytes:
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            yield flat.view(torch.uint8).numpy().data
+class Pieces:
+    """A safetensors file, piece by piece, as often as asked: weights in memory are not copied, others come over one by
+    one.
+
+    Raises:
+        StateError: A tensor of a kind that the format does not have.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = list(tensors.values())
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name, tensor in tensors.items():
+            kind = DTYPES.get(tensor.dtype)
+            if kind is None:
+                raise StateError(f"{name} cannot be stored: {tensor.dtype}")
+            header[name] = {
+                "dtype": kind,
+                "shape": list(tensor.shape),
+                "data_offsets": [at, at + tensor.nbytes],
+            }
+            at += tensor.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text = text.ljust(-len(text) % 8 + len(text))
+        self._header = struct.pack("<Q", len(text)) + text
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        yield self._header
+        for tensor in self._tensors:
+            if tensor.nbytes:
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                yield flat.view(torch.uint8).numpy().data
 
 
 def describe(form: Any, aliases: Mapping[str, str]) -> bytes:
@@ -122,13 +133,13 @@ def describe(form: Any, aliases: Mapping[str, str]) -> bytes:
 
 def encode(
     value: Any, root: str, keep: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
-) -> tuple[Iterator[bytes | memoryview], bytes]:
+) -> tuple[Pieces, bytes]:
     """(safetensors in pieces, JSON) of a nested state; `root` begins the names of its tensors, `keep` may copy them."""
     tensors: dict[str, Tensor] = {}
     form = pack(value, tensors, root)
     kept, aliases = distinct(tensors)
     kept = {name: keep(name, tensor) for name, tensor in kept.items()}
-    return pieces(kept), describe(form, aliases)
+    return Pieces(kept), describe(form, aliases)
 
 
 def decode(tensors: bytes, text: bytes) -> Any:

@@ -28,7 +28,7 @@ from fastgrpo.trainer.parallel.distributed import Ranks
 
 Keep = Callable[[str, Tensor], Tensor]
 """What to write in a tensor's place: itself, or a copy that training does not change."""
-FILE_BYTES = 1 << 30
+FILE_BYTES = 512 << 20
 """Where a part of the state is divided into several files: they are written and hashed at once."""
 
 
@@ -69,7 +69,7 @@ def part_files(
             if whole is not None:
                 mine[name] = keep(name, whole)
         if owner == ranks.rank:
-            yield file_name(part, index, len(files)), tree.pieces(mine)
+            yield file_name(part, index, len(files)), tree.Pieces(mine)
     if ranks.is_main and len(files) > 1:
         yield f"{part}.safetensors.index.json", [_index(part, tensors, files)]
 
